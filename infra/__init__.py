@@ -1,0 +1,1 @@
+"""vllm-fleet: one typed stack config, one OpenAI-compatible endpoint."""

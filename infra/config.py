@@ -1,0 +1,404 @@
+"""The stack config: what a user writes in `stacks/Pulumi.<stack>.yaml` under `vllm-fleet:`, read strictly.
+
+Nothing is guessed and nothing is ignored: an unknown key, a wrong unit or an impossible value is a finding with its
+path and a fix, and all findings come at once. To that end `parse` returns a config even if something in it is wrong:
+the faulty values are left out and the findings stay attached, so that the plan can look for more. `make_plan` refuses
+such a config with the findings of both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    StringConstraints,
+    ValidationError,
+    WithJsonSchema,
+)
+from pydantic_core import PydanticCustomError
+
+from infra.findings import ConfigError, Finding, did_you_mean, in_order, kind, nearest, show
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+NAMESPACE = "vllm-fleet"
+AVAILABLE = ("local",)
+"""Targets that this version can deploy to."""
+LATER = ("aws", "kubernetes")
+MAX_NAME = 40
+MAX_DEPTH = 16
+MAX_VALUES = 20_000
+"""No stack config is this large: YAML's aliases have multiplied."""
+ENCRYPTED = "(encrypted)"
+"""Stands for the hash of a key that only Pulumi can decrypt: `{secure: …}` in the stack file."""
+
+Location = tuple[int | str, ...]
+
+
+# Units
+
+_DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,6})?) ?(ms|s|m|h)")
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_SIZE = re.compile(r"(\d{1,9}) ?(B|kB|KiB|MB|MiB|GB|GiB)")
+_BYTES = {"B": 1, "kB": 1000, "KiB": 1 << 10, "MB": 10**6, "MiB": 1 << 20, "GB": 10**9, "GiB": 1 << 30}
+_KEY_HASH = re.compile(r"sha256:([0-9a-f]{64})")
+
+
+def duration(value: Any) -> float:
+    """Seconds in a text like `30s`, `500ms`, `2m`, `1h`."""
+    match = _DURATION.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise _refusal(f"{show(value)} is not a duration", f"a number and one of {', '.join(_SECONDS)}: 500ms, 30s, 2m")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+def size(value: Any) -> int:
+    """Bytes in a text like `128MiB`, `4GB`."""
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise _refusal(f"{show(value)} is not a size", f"a whole number and one of {', '.join(_BYTES)}: 512KiB, 4MB")
+    return int(match[1]) * _BYTES[match[2]]
+
+
+def key_hash(value: Any) -> str:
+    """SHA-256 in hex of an API key, from `sha256:<64 hex digits>`. What was given may be a key: it is not repeated."""
+    if isinstance(value, Mapping) and set(value) == {"secure"}:
+        return ENCRYPTED
+    match = _KEY_HASH.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise _refusal(
+            "is not the hash of an API key; it may be a key in plain text, so it is not shown",
+            "`fleet keys add NAME` makes a key and writes its `sha256:…` here; a key that was in a file is no secret now",
+        )
+    return match[1]
+
+
+def _refusal(problem: str, fix: str) -> PydanticCustomError:
+    return PydanticCustomError("finding", "{problem}", {"problem": problem, "fix": fix})
+
+
+Duration = Annotated[
+    float, BeforeValidator(duration), WithJsonSchema({"type": "string", "pattern": f"^{_DURATION.pattern}$"})
+]
+Size = Annotated[int, BeforeValidator(size), WithJsonSchema({"type": "string", "pattern": f"^{_SIZE.pattern}$"})]
+KeyHash = Annotated[
+    str,
+    BeforeValidator(key_hash),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "pattern": f"^{_KEY_HASH.pattern}$"},
+                {"type": "object", "properties": {"secure": {}}, "required": ["secure"], "additionalProperties": False},
+            ]
+        }
+    ),
+]
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=MAX_NAME)]
+"""Names of models and keys end up in file names, in HAProxy's configuration and in metric labels."""
+Port = Annotated[int, Field(ge=1024, le=32767)]
+"""Above is the range that Linux hands out to outgoing connections: one of them could hold a port that a server needs."""
+
+
+# The config
+
+
+class Strict(BaseModel):
+    """Base of the config's parts: immutable, no unknown keys, no conversions; keys-are-written-with-hyphens."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        alias_generator=lambda name: name.replace("_", "-"),
+        use_attribute_docstrings=True,
+    )
+
+
+class ModelConfig(Strict):
+    """A model that clients can ask for."""
+
+    weights: str | None = None
+    """Entry of models.lock.yaml. Default: the entry with the model's own name."""
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """How many bits weights have; the plan picks the format that the machine runs best."""
+    context: Annotated[int, Field(ge=128, le=10_000_000)] | None = None
+    """Tokens of prompt and answer together. Default on local: 2048, or the model's maximum if that is lower."""
+    max_answer: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+    """Tokens of the longest answer; longer ones are cut. Default: the context. An update waits for running answers."""
+    concurrency: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Requests that one engine answers at once, each at full context. Default on local: 8."""
+    engines: Annotated[int, Field(ge=1, le=64)] | None = None
+    """vLLM servers. Default on local: 2, so that one serves while the other is updated."""
+    tool_calls: str | None = None
+    """vLLM's parser for this model's tool calls: `hermes`, `llama3_json`, `mistral` … Default: tools are refused."""
+
+
+class GatewayConfig(Strict):
+    """The load balancer."""
+
+    proxy: Literal["haproxy"] = "haproxy"
+    routing: Literal["least-loaded", "round-robin"] = "least-loaded"
+    max_body: Annotated[Size, Field(ge=1 << 10, le=64 << 20)] | None = None
+    """Largest request. Default: what a full context can take as JSON, at least 1MiB."""
+
+
+class SloConfig(Strict):
+    """What users of the fleet may expect: alerts compare with it, and the gateway's patience is derived from it."""
+
+    ttft_p95: Annotated[Duration, Field(ge=0.05, le=600)] | None = Field(default=None, alias="ttft_p95")
+    """Time to the first token, 95th percentile. Default on local: 10s."""
+
+
+class PortsConfig(Strict):
+    """Ports of single servers, where the derived ones do not suit."""
+
+    gateway: Port | None = None
+    gateway_stats: Port | None = None
+    agent: Port | None = None
+    prometheus: Port | None = None
+    alertmanager: Port | None = None
+    grafana: Port | None = None
+
+
+class LocalConfig(Strict):
+    """The target `local`."""
+
+    base_port: Annotated[int, Field(ge=1024, le=32668)] | None = None
+    """The stack's ports are this one and the 99 above. Default: 18000 for the stack `local`, else from its name."""
+    ports: PortsConfig = PortsConfig()
+
+
+class StackConfig(Strict):
+    """Everything under `vllm-fleet:` in one stack file."""
+
+    target: Literal["local", "aws", "kubernetes"]
+    models: Annotated[dict[Name, ModelConfig], Field(min_length=1)]
+    """By the name that clients put in `model`."""
+    gateway: GatewayConfig = GatewayConfig()
+    api_keys: dict[Name, KeyHash] = {}
+    """SHA-256 of each API key, by the name of its owner. `fleet keys add NAME` writes them."""
+    slo: SloConfig = SloConfig()
+    local: LocalConfig = LocalConfig()
+
+    _findings: tuple[Finding, ...] = PrivateAttr(default=())
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What is wrong with the text that this was read from. If not empty, the config is good for more checks only."""
+        return self._findings
+
+    def with_findings(self, findings: Sequence[Finding]) -> StackConfig:
+        """The same config with these findings attached."""
+        other = self.model_copy()
+        other._findings = in_order(findings)  # noqa: SLF001 - of the same class
+        return other
+
+
+# Reading
+
+
+@dataclass(frozen=True)
+class Raw:
+    """The config as written, keys without `vllm-fleet:`, and what was wrong with the writing."""
+
+    values: Mapping[str, Any]
+    findings: tuple[Finding, ...] = ()
+
+
+def parse(raw: Raw | Mapping[str, Any]) -> StackConfig:
+    """Check the config and give it types.
+
+    Returns:
+        The config. If something is wrong, the faulty values are at their defaults and `findings` says why.
+
+    Raises:
+        ConfigError: So much is wrong, or missing, that there is nothing to plan.
+    """
+    raw = raw if isinstance(raw, Raw) else Raw(raw)
+    for target in LATER:
+        if raw.values.get("target") == target:  # this one finding: all others would speak of another target
+            fix = f"this version deploys to: {', '.join(AVAILABLE)}"
+            raise ConfigError([Finding("target", f"{target}: not available yet", fix)])
+    cleaner = _Cleaner(list(raw.findings))
+    values = cleaner.copy(raw.values, ())
+    findings = cleaner.findings
+    while True:
+        try:
+            return StackConfig.model_validate(values).with_findings(findings)
+        except ValidationError as error:
+            problems = error.errors()
+            findings += [_finding(problem) for problem in problems]
+            mended = [_mend(values, problem) for problem in problems]
+        if not all(mended):
+            raise ConfigError(in_order(findings))
+
+
+@dataclass
+class _Cleaner:
+    """Copies the config, so that it may be mended, without what can be no value of it."""
+
+    findings: list[Finding]
+    copied: int = 0
+
+    def copy(self, value: Any, location: Location) -> Any:
+        self.copied += 1
+        if len(location) > MAX_DEPTH or self.copied > MAX_VALUES:
+            raise ConfigError([*self.findings, Finding("config", "is nested too deeply or too large")])
+        if isinstance(value, Mapping):
+            return {
+                key: self.copy(item, (*location, key))
+                for key, item in value.items()
+                if not self._refused(item, (*location, key))
+            }
+        if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+            return [self.copy(item, (*location, index)) for index, item in enumerate(value)]
+        return value
+
+    def _refused(self, value: Any, location: Location) -> bool:
+        encrypted = isinstance(value, Mapping) and set(value) == {"secure"} and location[:-1] != ("api-keys",)
+        if value is None:
+            self.findings.append(
+                Finding(_text(location), "has no value", "give it one, or remove the line to get the default")
+            )
+        elif encrypted:
+            fix = "write it in plain text; only the hashes under `api-keys` may be encrypted, each by itself"
+            self.findings.append(Finding(_text(location), "is encrypted", fix))
+        return value is None or encrypted
+
+
+def _mend(values: dict[str, Any], problem: ErrorDetails) -> bool:
+    """Take the faulty value out, so that its default stands in.
+
+    Returns:
+        False if it has no default.
+    """
+    *parents, last = (part for part in problem["loc"] if part != "[key]")
+    if last == "target":  # whatever was meant, the rest can be checked for the one target there is
+        values["target"] = AVAILABLE[0]
+        return True
+    if problem["type"] in {"missing", "too_short"}:
+        return False
+    holder: Any = values
+    for part in parents:
+        holder = holder[part]
+    del holder[last]
+    return True
+
+
+# Words
+
+
+def _text(location: Location) -> str:
+    """A path as it is shown. A name under `api-keys` could be a key that was written on the wrong side of the colon."""
+    parts = [show(part).strip("`") for part in location if part != "[key]"]
+    if parts[0] == "api-keys" and len(parts) > 1 and (parts[1].startswith("sk-") or len(parts[1]) > MAX_NAME // 2):
+        parts[1] = f"{parts[1][:4]}…"
+    return ".".join(parts)
+
+
+def _finding(problem: ErrorDetails) -> Finding:
+    """One of pydantic's errors in the words of the stack file."""
+    path = _text(problem["loc"])
+    if problem["type"] == "finding":
+        return Finding(path, problem["ctx"]["problem"], problem["ctx"]["fix"])
+    if problem["loc"][-1] == "[key]":
+        fix = (
+            f"small letters, digits and . _ -, the first a letter or digit, at most {MAX_NAME}, in quotes if all digits"
+        )
+        return Finding(path, "cannot be a name", fix)
+    return Finding(path, *_words(problem))
+
+
+def _words(problem: ErrorDetails) -> tuple[str, str]:
+    """Problem and fix of an error that pydantic's own types find."""
+    location, value, context = problem["loc"], problem["input"], problem.get("ctx", {})
+    match problem["type"]:
+        case "missing" | "too_short":
+            return "is missing", _MISSING[str(location[0])]
+        case "extra_forbidden":
+            return "unknown key", did_you_mean(str(location[-1]), _keys(_type_at(location[:-1])))
+        case "literal_error":
+            choices = get_args(_type_at(location))
+            near = nearest(value, choices) if isinstance(value, str) else None
+            return f"cannot be {show(value)}", f"did you mean `{near}`?" if near else f"one of: {', '.join(choices)}"
+        case "greater_than_equal":
+            return "is too small", f"at least {_amount(location, context['ge'])}"
+        case "less_than_equal":
+            return "is too large", f"at most {_amount(location, context['le'])}"
+        case "int_type":
+            return f"must be a whole number, not {_given(location, value)}", _whole_number(value)
+        case "string_type":
+            return f"must be text, not {_given(location, value)}", ""
+        case _:
+            return f"must be a mapping, not {kind(value)}", f"keys: {', '.join(_keys(_type_at(location)))}"
+
+
+_MISSING = {
+    "target": f"add `{NAMESPACE}:target: local`",
+    "models": f"add `{NAMESPACE}:models: {{chat: {{weights: ENTRY}}}}` with an ENTRY of stacks/models.lock.yaml",
+}
+
+
+def _given(location: Location, value: Any) -> str:
+    return kind(value) if location[0] == "api-keys" else show(value)
+
+
+def _whole_number(value: Any) -> str:
+    """The number that was probably meant by `16k` or `"8"`."""
+    match = re.fullmatch(r"(\d{1,6}) ?([kK]?)", value) if isinstance(value, str) else None
+    return f"write {int(match[1]) << (10 if match[2] else 0)}" if match else "write it like 2048"
+
+
+def _amount(location: Location, value: float) -> str:
+    """A limit in the unit that the key is written in."""
+    if location[-1] == "max-body":
+        return f"{int(value) >> 10}KiB" if value < 1 << 20 else f"{int(value) >> 20}MiB"
+    return f"{value:g}s" if location[-1] == "ttft_p95" else str(value)
+
+
+def _type_at(location: Location) -> Any:
+    """The type that the config has at a path."""
+    here: Any = StackConfig
+    for part in location:
+        fields = here.model_fields.values() if isinstance(here, type) and issubclass(here, BaseModel) else ()
+        here = (
+            next((field.annotation for field in fields if field.alias == part), None) if fields else get_args(here)[1]
+        )
+    return here
+
+
+def _keys(type_: Any) -> list[str]:
+    """The keys that a part of the config can have."""
+    if get_origin(type_) is dict:
+        return ["NAME"]
+    return [str(field.alias) for field in type_.model_fields.values()]
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of a whole stack file, for editors."""
+    config = StackConfig.model_json_schema(by_alias=True)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "vllm-fleet stack",
+        "type": "object",
+        "required": ["config"],
+        "properties": {
+            "config": {
+                "type": "object",
+                "required": [f"{NAMESPACE}:{key}" for key in config["required"]],
+                "properties": {f"{NAMESPACE}:{key}": value for key, value in config["properties"].items()},
+                "patternProperties": {f"^(?!{NAMESPACE}:)[^:]+:.+$": True},
+                "additionalProperties": False,
+            }
+        },
+        "$defs": config["$defs"],
+    }

@@ -1,0 +1,130 @@
+"""Stack files: reading one without Pulumi, and taking the config from Pulumi."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, SequenceNode
+
+from infra.config import MAX_DEPTH, MAX_VALUES, NAMESPACE, Location, Raw
+from infra.findings import ConfigError, Finding, kind, nearest
+from infra.paths import ROOT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+STACKS = ROOT / "stacks"
+
+
+def stack_file(stack: str) -> Path:
+    """Where Pulumi keeps a stack's config."""
+    return STACKS / f"Pulumi.{stack}.yaml"
+
+
+def load_stack_file(path: Path) -> Raw:
+    """Read a stack file.
+
+    Returns:
+        The config, and as findings: keys that are there twice, and keys with a misspelt namespace.
+
+    Raises:
+        ConfigError: There is no config to read: no file, no YAML, or not a mapping.
+    """
+    document, findings = _load(path, _read(path))
+    if not isinstance(document, Mapping):
+        what = f"is {kind(document)}, not a mapping"
+    elif not isinstance(document.get("config"), Mapping):
+        what = "has no mapping `config`"
+    else:
+        values, misspelt = _ours(document["config"])
+        return Raw(values, (*findings, *misspelt))
+    raise ConfigError([Finding(path.name, what, f"start with `config:` and put `{NAMESPACE}:target: local` under it")])
+
+
+def from_pulumi(environ: Mapping[str, str]) -> Raw:
+    """The config as Pulumi hands it to a program in `PULUMI_CONFIG`: texts as they are, all else as JSON in a text."""
+    config: dict[str, str] = json.loads(environ.get("PULUMI_CONFIG") or "{}")
+    prefix = f"{NAMESPACE}:"
+    return Raw({key.removeprefix(prefix): _decoded(value) for key, value in config.items() if key.startswith(prefix)})
+
+
+def _decoded(text: str) -> Any:
+    try:
+        return json.loads(text) if text.startswith(("{", "[")) else text
+    except ValueError:
+        return text
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        stacks = sorted(
+            file.name.removeprefix("Pulumi.").removesuffix(".yaml") for file in path.parent.glob("Pulumi.*.yaml")
+        )
+        fix = f"stacks that have one: {', '.join(stacks)}" if stacks else ""
+        raise ConfigError([Finding(path.name, "there is no such stack file", fix)]) from None
+    except OSError as error:
+        raise ConfigError([Finding(path.name, f"cannot be read: {error.strerror}")]) from None
+    except UnicodeDecodeError:
+        raise ConfigError([Finding(path.name, "is not text in UTF-8", "save it in that encoding")]) from None
+
+
+def _load(path: Path, text: str) -> tuple[Any, list[Finding]]:
+    """The document, and a finding for each key that is there twice (YAML's readers take one of them, or stop)."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.allow_duplicate_keys = True
+    try:
+        findings = list(_duplicates(yaml.compose(text), (), [0]))
+        return yaml.load(text), findings
+    except MarkedYAMLError as error:
+        line = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
+        raise ConfigError([Finding(path.name, f"is not YAML: {error.problem}{line}")]) from None
+    except (YAMLError, ValueError, TypeError) as error:
+        raise ConfigError([Finding(path.name, f"is not YAML: {error}")]) from None
+    except RecursionError:
+        raise ConfigError([Finding(path.name, "is nested too deeply")]) from None
+
+
+def _duplicates(node: Any, location: Location, seen: list[int]) -> Iterator[Finding]:
+    seen[0] += 1
+    if len(location) > MAX_DEPTH or seen[0] > MAX_VALUES:  # an alias that refers to itself, or aliases of aliases
+        raise RecursionError
+    if isinstance(node, MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            name = str(key.value)
+            line = key.start_mark.line + 1
+            if name in lines:
+                where = ".".join(str(part) for part in (*location, name)).removeprefix("config.")
+                what = f"is there twice, in lines {lines[name]} and {line}"
+                yield Finding(where.removeprefix(f"{NAMESPACE}:"), what, "keep one of them")
+            lines[name] = line
+            yield from _duplicates(value, (*location, name), seen)
+    elif isinstance(node, SequenceNode):
+        for index, value in enumerate(node.value):
+            yield from _duplicates(value, (*location, index), seen)
+
+
+def _ours(config: Mapping[Any, Any]) -> tuple[dict[str, Any], list[Finding]]:
+    """The keys of our namespace without it, and a finding for each key that was probably meant to be one of them."""
+    values: dict[str, Any] = {}
+    findings: list[Finding] = []
+    for key, value in config.items():
+        namespace, colon, name = str(key).partition(":")
+        if namespace == NAMESPACE and name:
+            values[name] = value
+        elif not colon:
+            findings.append(Finding(f"config.{namespace}", "has no namespace", f"write `{NAMESPACE}:{namespace}`"))
+        elif nearest(namespace, [NAMESPACE]):
+            findings.append(
+                Finding(
+                    f"config.{namespace}:{name}", "is in no namespace of ours", f"did you mean `{NAMESPACE}:{name}`?"
+                )
+            )
+    return values, findings

@@ -1,0 +1,1 @@
+"""Weights: what `stacks/models.lock.yaml` promises, where it comes from, and this machine's cache of it."""

@@ -1,0 +1,84 @@
+"""Take up a changed HAProxy configuration without dropping a connection.
+
+HAProxy's master starts new workers on SIGUSR2 and lets the old ones finish. New workers believe every server to be up until
+they have checked it, so what the old ones know is written to the server-state file first.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import subprocess
+from configparser import RawConfigParser
+from pathlib import Path
+
+from fleet_agent.machine import AgentError, Machine
+from fleet_agent.supervise import Supervisor, wait_for
+
+SOCKET = "haproxy.sock"
+STATE = "haproxy.state"
+RELOAD_S = 15
+
+
+def command(run: Path, line: str) -> str:
+    """One command on HAProxy's stats socket, and its answer.
+
+    Raises:
+        OSError: HAProxy does not listen there.
+    """
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(5)
+        connection.connect(str(run / SOCKET))
+        connection.sendall(line.encode() + b"\n")
+        connection.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+
+
+def check(machine: Machine, folder: Path) -> None:
+    """Let HAProxy read the configuration in a program folder.
+
+    Raises:
+        AgentError: it refuses it; the text holds HAProxy's own words.
+    """
+    unit = RawConfigParser(interpolation=None)
+    unit.read(folder / "program.ini")
+    binary = shlex.split(unit.get(unit.sections()[0], "command"))[0]
+    # The configuration names its files as slots/haproxy/..., so it is read from a folder in which that is the new one.
+    trial = machine.run / f"check.{os.getpid()}"
+    (trial / "slots").mkdir(parents=True)
+    (trial / "run").symlink_to(machine.run)
+    (trial / "slots" / folder.name).symlink_to(folder)
+    try:
+        result = subprocess.run(
+            [binary, "-c", "-f", f"slots/{folder.name}/haproxy.cfg"], cwd=trial, capture_output=True, text=True, check=False
+        )
+    finally:
+        for link in (trial / "slots" / folder.name, trial / "run"):
+            link.unlink()
+        (trial / "slots").rmdir()
+        trial.rmdir()
+    if result.returncode:
+        raise AgentError(f"HAProxy refuses the new configuration, the old one goes on:\n{result.stderr or result.stdout}")
+
+
+def reload(machine: Machine, supervisor: Supervisor, program: str) -> None:
+    """Make the running HAProxy read its slot again.
+
+    Raises:
+        AgentError: the new workers did not take over.
+    """
+    before = _worker(machine.run)
+    (machine.run / STATE).write_text(command(machine.run, "show servers state"), encoding="ascii")
+    supervisor.signal(program, "USR2")
+    if not wait_for(lambda: _worker(machine.run) not in ("", before), RELOAD_S):
+        raise AgentError("HAProxy did not take up the new configuration; its old workers go on")
+
+
+def _worker(run: Path) -> str:
+    """Process id of the worker that answers now, "" if none does."""
+    try:
+        rows = command(run, "show info").splitlines()
+    except OSError:
+        return ""
+    return next((row.partition(":")[2].strip() for row in rows if row.startswith("Pid:")), "")

@@ -1,0 +1,6 @@
+#!/bin/sh
+# Starts HAProxy with every engine out of rotation. By itself it would take an engine for ready until the first check
+# said otherwise, and send it requests. A reload does not come by here: it carries the states over in the same file.
+set -eu
+cp slots/haproxy/servers.state run/haproxy.state
+exec "$@"

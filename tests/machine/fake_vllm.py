@@ -1,0 +1,77 @@
+"""Stands in for `vllm serve` where the engine itself is not what is tested: starts in no time, misbehaves on request.
+
+Run as `python fake_vllm.py serve WEIGHTS --port N ...`. A file `behaviour` in the folder of the weights makes it bad:
+`dies-on-request` answers /health and exits at the first completion, `never-healthy` never answers, `exits` does not start.
+"""
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+from aiohttp import web
+
+
+def main() -> None:
+    weights, arguments = Path(sys.argv[2]), sys.argv[3:]
+    port = int(arguments[arguments.index("--port") + 1])
+    file = weights / "behaviour"
+    asyncio.run(serve(weights, port, file.read_text().strip() if file.exists() else ""))
+
+
+async def serve(weights: Path, port: int, behaviour: str) -> None:
+    if behaviour == "exits":
+        sys.exit("these weights do not start")
+    counts = {"running": 0, "generated": 0, "prompt": 0}
+    hold = asyncio.Event()
+    ended = asyncio.Event()
+
+    async def health(_: web.Request) -> web.Response:
+        return web.Response(status=503 if behaviour == "never-healthy" else 200)
+
+    async def metrics(_: web.Request) -> web.Response:
+        label = f'{{engine="0",model_name="{weights.name}"}}'
+        return web.Response(
+            text=f"vllm:num_requests_running{label} {counts['running']}.0\nvllm:num_requests_waiting{label} 0.0\n"
+            f"vllm:generation_tokens_total{label} {counts['generated']}.0\n"
+            f"vllm:prompt_tokens_total{label} {counts['prompt']}.0\n"
+        )
+
+    async def complete(request: web.Request) -> web.Response:
+        if behaviour == "dies-on-request":
+            os._exit(1)
+        body = await request.json()
+        counts["running"] += 1
+        try:
+            if body.get("hold"):  # in flight until /release
+                await hold.wait()
+            counts["generated"] += 1
+            counts["prompt"] += 1
+        finally:
+            counts["running"] -= 1
+        return web.json_response({"weights": weights.name, "usage": {"completion_tokens": 1}})
+
+    async def release(_: web.Request) -> web.Response:
+        hold.set()
+        return web.Response()
+
+    application = web.Application()
+    application.add_routes(
+        [
+            web.get("/health", health),
+            web.get("/metrics", metrics),
+            web.post("/release", release),
+            web.post("/v1/completions", complete),
+            web.post("/v1/chat/completions", complete),
+        ]
+    )
+    runner = web.AppRunner(application, shutdown_timeout=5)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", port).start()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
+    await ended.wait()
+    await runner.cleanup()
+
+
+main()

@@ -1,0 +1,96 @@
+"""The real programs, machines in temporary folders, and fakes behind them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fakes import FakeAgent, FakeEngine, Loop
+from gateways import AUTH, Gateway, Ports, tool
+from plans import a_plan
+
+
+@dataclass
+class Fleet:
+    """A gateway with everything behind it."""
+
+    gateway: Gateway
+    engines: dict[str, FakeEngine]
+    agent: FakeAgent
+    client: httpx.Client
+
+    def mark(self, **status: int) -> None:
+        """Set what the agent says, by engine name with `_` for `-`."""
+        for name, code in status.items():
+            self.agent.status[self.engines[name.replace("_", "-")].port] = code
+
+    def ask(self, path: str = "/v1/completions", *, do: str = "", **more: Any) -> httpx.Response:
+        headers = {**AUTH, **({"X-Fake": do} if do else {}), **more.pop("headers", {})}
+        return self.client.post(path, headers=headers, json={"model": "chat"}, **more)
+
+
+StartFleet = Callable[..., Fleet]
+
+
+@pytest.fixture(scope="session")
+def loop() -> Iterator[Loop]:
+    loop = Loop()
+    yield loop
+    loop.close()
+
+
+@pytest.fixture
+def ports() -> Iterator[Ports]:
+    ports = Ports()
+    with ports.stack:
+        yield ports
+
+
+@pytest.fixture
+def root() -> Iterator[Path]:
+    # Not pytest's own folder: its path may be too long for a socket.
+    with tempfile.TemporaryDirectory(prefix="fleet-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def start_fleet(loop: Loop, ports: Ports, root: Path) -> Iterator[StartFleet]:
+    """Start a fleet; its engines are ready unless told otherwise."""
+    started: list[Fleet] = []
+
+    def start(models: Sequence[str] = ("chat",), engines: int = 2, *, ready: bool = True, **plan: Any) -> Fleet:
+        made = a_plan(models, engines, port=ports, **plan)
+        agent = FakeAgent(loop).start()
+        fakes = {engine.name: FakeEngine(loop, name=engine.name).start() for engine in made.engines}
+        made = made.model_copy(
+            update={
+                "agent": made.agent.model_copy(update={"port": agent.port}),
+                "engines": tuple(e.model_copy(update={"port": fakes[e.name].port}) for e in made.engines),
+            }
+        )
+        agent.status = {engine.port: 200 if ready else 503 for engine in fakes.values()}
+        gateway = Gateway(root, made, tool("haproxy"))
+        fleet = Fleet(gateway, fakes, agent, httpx.Client(base_url=gateway.url, timeout=60))
+        started.append(fleet)
+        gateway.start()
+        if ready:
+            gateway.await_states(**{name.replace("-", "_"): "UP" for name in fakes})
+        return fleet
+
+    yield start
+    for fleet in started:
+        fleet.client.close()
+        fleet.gateway.stop()
+        for server in (*fleet.engines.values(), fleet.agent):
+            server.stop()
+
+
+@pytest.fixture
+def fleet(start_fleet: StartFleet) -> Fleet:
+    """One model, two ready engines."""
+    return start_fleet()

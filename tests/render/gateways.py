@@ -1,0 +1,179 @@
+"""A gateway machine in a temporary folder, with the real HAProxy."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+from plans import KEY, a_layout
+
+from infra.paths import toolchain_dir
+from infra.plan.model import FleetPlan
+from infra.render.bundle import Bundle
+from infra.render.gateway import gateway
+
+IN_TIME_S = 30
+AUTH = {"Authorization": f"Bearer {KEY}"}
+
+
+def tool(name: str) -> Path:
+    """A program from PATH or the toolchain; the test is skipped where there is none."""
+    path = os.pathsep.join([os.environ.get("PATH", ""), str(toolchain_dir() / "bin")])
+    found = shutil.which(name, path=path)
+    if found is None:
+        pytest.skip(f"{name} is neither on PATH nor in {toolchain_dir() / 'bin'}: run `make setup`")
+    return Path(found).resolve()
+
+
+def until(what: str, condition: Callable[[], bool], seconds: float = IN_TIME_S) -> None:
+    """Poll until the condition holds; the deadline only ends a test that has failed."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.01)
+
+
+def write(bundle: Bundle, root: Path) -> None:
+    """Put a bundle on a machine, as its slots want it."""
+    folder = root / "bundles" / bundle.digest
+    for path, text in bundle.files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text, encoding="utf-8")
+    for name in ("slots", "run", "log", "data"):
+        (root / name).mkdir(exist_ok=True)
+    for program in bundle.programs:
+        link = root / "slots" / f".{program.name}"
+        link.symlink_to(Path("..", "bundles", bundle.digest, "programs", program.name))
+        link.rename(root / "slots" / program.name)
+
+
+@dataclass
+class Ports:
+    """Ports that stay ours: bound, not listened on, and shared only with who also asks to share, as HAProxy does."""
+
+    stack: ExitStack = field(default_factory=ExitStack)
+
+    def __call__(self) -> int:
+        held = self.stack.enter_context(socket.socket())
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(("127.0.0.1", 0))
+        return int(held.getsockname()[1])
+
+
+@dataclass
+class Gateway:
+    """One HAProxy under test."""
+
+    root: Path
+    plan: FleetPlan
+    binary: Path
+    process: subprocess.Popen[bytes] | None = None
+    log: IO[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.plan.gateway.port}"
+
+    @property
+    def bundle(self) -> Bundle:
+        return gateway(self.plan, a_layout(self.root, haproxy=self.binary))
+
+    def start(self) -> None:
+        write(self.bundle, self.root)
+        self.log = (self.root / "log/haproxy.log").open("ab")
+        command = self.bundle.programs[0].command
+        self.process = subprocess.Popen(command, cwd=self.root, stdout=self.log, stderr=subprocess.STDOUT)
+        until("HAProxy listens", lambda: self.worker() != "")
+
+    def check(self) -> subprocess.CompletedProcess[str]:
+        """What HAProxy says of the configuration."""
+        write(self.bundle, self.root)
+        (self.root / "run/haproxy.state").write_text("1\n")
+        return subprocess.run(
+            [self.binary, "-c", "-f", "slots/haproxy/haproxy.cfg"],
+            cwd=self.root,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def reload(self, plan: FleetPlan) -> None:
+        """Take up another plan as the apply program does: states saved, master told, new worker waited for."""
+        before = self.worker()
+        self.plan = plan
+        write(self.bundle, self.root)
+        (self.root / "run/haproxy.state").write_text(self.states_to_keep())
+        assert self.process
+        self.process.send_signal(signal.SIGUSR2)
+        until("a new worker answers", lambda: self.worker() not in {"", before})
+
+    def states_to_keep(self) -> str:
+        """The running worker's states, for servers that the new bundle has at the same address; else down."""
+
+        def parse(text: str) -> dict[tuple[str, ...], str]:
+            lines = [line for line in text.splitlines() if line.count(" ") > 4 and not line.startswith("#")]
+            return {tuple(line.split()[i] for i in (1, 3, 4, 18, 21)): line for line in lines}
+
+        running = parse(self.command("show servers state"))
+        fresh = parse((self.root / "slots/haproxy/servers.state").read_text())
+        return "\n".join(["1", *(running.get(key, line) for key, line in fresh.items()), ""])
+
+    def command(self, line: str) -> str:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(IN_TIME_S)
+            connection.connect(str(self.root / "run/haproxy.sock"))
+            connection.sendall(line.encode() + b"\n")
+            return b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+
+    def worker(self) -> str:
+        try:
+            answer = self.command("show info")
+        except OSError:
+            return ""
+        return next((line.split()[1] for line in answer.splitlines() if line.startswith("Pid:")), "")
+
+    def servers(self) -> dict[str, str]:
+        """Server name to HAProxy's word for its state: UP, DOWN, NOLB …"""
+        rows = [line.split(",") for line in self.command("show stat").removeprefix("# ").splitlines() if line]
+        column = rows[0].index
+        return {
+            row[column("svname")]: row[column("status")]
+            for row in rows[1:]
+            if row[column("svname")] not in {"FRONTEND", "BACKEND"}
+        }
+
+    def queued(self, model: str) -> int:
+        rows = [line.split(",") for line in self.command("show stat").removeprefix("# ").splitlines() if line]
+        names = {(row[0], row[1]): row for row in rows[1:]}
+        return int(names[f"model-{model}", "BACKEND"][rows[0].index("qcur")])
+
+    def await_states(self, **states: str) -> None:
+        wanted = {name.replace("_", "-"): state for name, state in states.items()}
+        until(f"servers are {wanted}", lambda: {n: self.servers()[n].split()[0] for n in wanted} == wanted)
+
+    def log_text(self) -> str:
+        return (self.root / "log/haproxy.log").read_text(encoding="utf-8")
+
+    def requests(self) -> list[dict[str, Any]]:
+        """The access log; every line of it must be JSON."""
+        return [json.loads(line) for line in self.log_text().splitlines() if line.startswith("{")]
+
+    def stop(self) -> int:
+        assert self.process
+        if self.process.poll() is None:
+            self.process.terminate()
+        code = self.process.wait(IN_TIME_S)
+        if self.log:
+            self.log.close()
+        return code
