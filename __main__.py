@@ -1,4 +1,4 @@
-"""Pulumi's entry: config → plan → target. Beside Pulumi.yaml, because dynamic providers start in the program's folder."""
+"""Pulumi's entry: config → plan → target. Beside Pulumi.yaml: dynamic providers start in the program's folder."""
 
 import pulumi
 

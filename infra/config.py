@@ -8,6 +8,7 @@ such a config with the findings of both.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from infra.findings import ConfigError, Finding, did_you_mean, in_order, kind, nearest, show
+from infra.findings import ConfigError, Finding, did_you_mean, in_order, kind, show
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -77,7 +78,7 @@ def key_hash(value: Any) -> str:
     if match is None:
         raise _refusal(
             "is not the hash of an API key; it may be a key in plain text, so it is not shown",
-            "`fleet keys add NAME` makes a key and writes its `sha256:…` here; a key that was in a file is no secret now",
+            "`fleet keys add NAME` makes a key and writes its hash; a key that was in a file is not secret any more",
         )
     return match[1]
 
@@ -105,7 +106,7 @@ KeyHash = Annotated[
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=MAX_NAME)]
 """Names of models and keys end up in file names, in HAProxy's configuration and in metric labels."""
 Port = Annotated[int, Field(ge=1024, le=32767)]
-"""Above is the range that Linux hands out to outgoing connections: one of them could hold a port that a server needs."""
+"""Above is the range that Linux gives to outgoing connections: one of them could hold a port that a server needs."""
 
 
 # The config
@@ -135,7 +136,10 @@ class ModelConfig(Strict):
     max_answer: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     """Tokens of the longest answer; longer ones are cut. Default: the context. An update waits for running answers."""
     concurrency: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Requests that one engine answers at once, each at full context. Default on local: 8."""
+    """Requests that one engine answers at once. Default on local: 8."""
+    typical_tokens: Annotated[int, Field(ge=16, le=10_000_000)] | None = None
+    """Tokens of a usual request, prompt and answer: an engine has memory for `concurrency` of them, and for fewer that
+    are longer. Default on local: half the context."""
     engines: Annotated[int, Field(ge=1, le=64)] | None = None
     """vLLM servers. Default on local: 2, so that one serves while the other is updated."""
     tool_calls: str | None = None
@@ -193,7 +197,7 @@ class StackConfig(Strict):
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What is wrong with the text that this was read from. If not empty, the config is good for more checks only."""
+        """What is wrong with the text that this was read from. If there is any, the config is good for checks only."""
         return self._findings
 
     def with_findings(self, findings: Sequence[Finding]) -> StackConfig:
@@ -206,16 +210,29 @@ class StackConfig(Strict):
 # Reading
 
 
-@dataclass(frozen=True)
-class Raw:
-    """The config as written, keys without `vllm-fleet:`, and what was wrong with the writing."""
+def from_pulumi(config: Mapping[str, str]) -> StackConfig:
+    """The config as Pulumi hands it to a program: `namespace:key` to a text, or to JSON in a text.
 
-    values: Mapping[str, Any]
-    findings: tuple[Finding, ...] = ()
+    Raises:
+        ConfigError: As `parse`.
+    """
+    prefix = f"{NAMESPACE}:"
+    return parse({key.removeprefix(prefix): _decoded(text) for key, text in config.items() if key.startswith(prefix)})
 
 
-def parse(raw: Raw | Mapping[str, Any]) -> StackConfig:
+def _decoded(text: str) -> Any:
+    try:
+        return json.loads(text) if text.startswith(("{", "[")) else text
+    except (ValueError, RecursionError):
+        return text
+
+
+def parse(raw: Mapping[str, Any], findings: Sequence[Finding] = ()) -> StackConfig:
     """Check the config and give it types.
+
+    Args:
+        raw: What the stack file has under `config`, keys without `vllm-fleet:`.
+        findings: What was wrong with the writing.
 
     Returns:
         The config. If something is wrong, the faulty values are at their defaults and `findings` says why.
@@ -223,23 +240,22 @@ def parse(raw: Raw | Mapping[str, Any]) -> StackConfig:
     Raises:
         ConfigError: So much is wrong, or missing, that there is nothing to plan.
     """
-    raw = raw if isinstance(raw, Raw) else Raw(raw)
     for target in LATER:
-        if raw.values.get("target") == target:  # this one finding: all others would speak of another target
+        if raw.get("target") == target:  # this one finding: all others would speak of another target
             fix = f"this version deploys to: {', '.join(AVAILABLE)}"
             raise ConfigError([Finding("target", f"{target}: not available yet", fix)])
-    cleaner = _Cleaner(list(raw.findings))
-    values = cleaner.copy(raw.values, ())
-    findings = cleaner.findings
+    cleaner = _Cleaner(list(findings))
+    values = cleaner.copy(raw, ())
+    found = cleaner.findings
     while True:
         try:
-            return StackConfig.model_validate(values).with_findings(findings)
+            return StackConfig.model_validate(values).with_findings(found)
         except ValidationError as error:
             problems = error.errors()
-            findings += [_finding(problem) for problem in problems]
+            found += [_finding(problem) for problem in problems]
             mended = [_mend(values, problem) for problem in problems]
         if not all(mended):
-            raise ConfigError(in_order(findings))
+            raise ConfigError(in_order(found))
 
 
 @dataclass
@@ -250,29 +266,34 @@ class _Cleaner:
     copied: int = 0
 
     def copy(self, value: Any, location: Location) -> Any:
+        """A copy of what is at a path.
+
+        Raises:
+            ConfigError: It is too large or too deep to be a stack config.
+        """
         self.copied += 1
         if len(location) > MAX_DEPTH or self.copied > MAX_VALUES:
             raise ConfigError([*self.findings, Finding("config", "is nested too deeply or too large")])
+        if value is None and location[:-1] == ("models",):  # `chat:` alone is a model with defaults only
+            return {}
         if isinstance(value, Mapping):
-            return {
-                key: self.copy(item, (*location, key))
-                for key, item in value.items()
-                if not self._refused(item, (*location, key))
-            }
+            kept = {key: item for key, item in value.items() if not self._refused(item, (*location, key))}
+            return {key: self.copy(item, (*location, key)) for key, item in kept.items()}
         if isinstance(value, Sequence) and not isinstance(value, str | bytes):
             return [self.copy(item, (*location, index)) for index, item in enumerate(value)]
         return value
 
     def _refused(self, value: Any, location: Location) -> bool:
-        encrypted = isinstance(value, Mapping) and set(value) == {"secure"} and location[:-1] != ("api-keys",)
-        if value is None:
-            self.findings.append(
-                Finding(_text(location), "has no value", "give it one, or remove the line to get the default")
-            )
-        elif encrypted:
+        *parents, _ = location
+        if value is None and parents != ["models"]:
+            fix = "give it one, or remove the line to get the default"
+            self.findings.append(Finding(_text(location), "has no value", fix))
+            return True
+        if isinstance(value, Mapping) and set(value) == {"secure"} and parents != ["api-keys"]:
             fix = "write it in plain text; only the hashes under `api-keys` may be encrypted, each by itself"
             self.findings.append(Finding(_text(location), "is encrypted", fix))
-        return value is None or encrypted
+            return True
+        return False
 
 
 def _mend(values: dict[str, Any], problem: ErrorDetails) -> bool:
@@ -323,23 +344,23 @@ def _words(problem: ErrorDetails) -> tuple[str, str]:
     location, value, context = problem["loc"], problem["input"], problem.get("ctx", {})
     match problem["type"]:
         case "missing" | "too_short":
-            return "is missing", _MISSING[str(location[0])]
+            words = "is missing", _MISSING[str(location[0])]
         case "extra_forbidden":
-            return "unknown key", did_you_mean(str(location[-1]), _keys(_type_at(location[:-1])))
+            words = "unknown key", did_you_mean(str(location[-1]), _keys(_type_at(location[:-1])))
         case "literal_error":
             choices = get_args(_type_at(location))
-            near = nearest(value, choices) if isinstance(value, str) else None
-            return f"cannot be {show(value)}", f"did you mean `{near}`?" if near else f"one of: {', '.join(choices)}"
+            words = f"cannot be {show(value)}", did_you_mean(value if isinstance(value, str) else "", choices)
         case "greater_than_equal":
-            return "is too small", f"at least {_amount(location, context['ge'])}"
+            words = "is too small", f"at least {_amount(location, context['ge'])}"
         case "less_than_equal":
-            return "is too large", f"at most {_amount(location, context['le'])}"
+            words = "is too large", f"at most {_amount(location, context['le'])}"
         case "int_type":
-            return f"must be a whole number, not {_given(location, value)}", _whole_number(value)
+            words = f"must be a whole number, not {_given(location, value)}", _whole_number(value)
         case "string_type":
-            return f"must be text, not {_given(location, value)}", ""
+            words = f"must be text, not {_given(location, value)}", ""
         case _:
-            return f"must be a mapping, not {kind(value)}", f"keys: {', '.join(_keys(_type_at(location)))}"
+            words = f"must be a mapping, not {kind(value)}", f"keys: {', '.join(_keys(_type_at(location)))}"
+    return words
 
 
 _MISSING = {

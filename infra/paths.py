@@ -3,7 +3,7 @@
 Two folders, both `.fleet/` in the checkout unless the environment says otherwise:
 
 - `FLEET_DIR` holds what stacks own: machines, keys, Pulumi state. It goes with `pulumi destroy`.
-- `FLEET_SHARED` holds what stacks share and what is slow to make: tools, engines, weights. A second checkout may point at it.
+- `FLEET_SHARED` holds what stacks share and what is slow to make: tools, engines, weights. Checkouts may share it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Stack files: reading one without Pulumi, and taking the config from Pulumi."""
+"""Stack files: reading one without Pulumi."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, SequenceNode
 
-from infra.config import MAX_DEPTH, MAX_VALUES, NAMESPACE, Location, Raw
+from infra.config import MAX_DEPTH, MAX_VALUES, NAMESPACE, Location, StackConfig, parse
 from infra.findings import ConfigError, Finding, kind, nearest
 from infra.paths import ROOT
 
@@ -26,14 +25,14 @@ def stack_file(stack: str) -> Path:
     return STACKS / f"Pulumi.{stack}.yaml"
 
 
-def load_stack_file(path: Path) -> Raw:
+def load_stack_file(path: Path) -> StackConfig:
     """Read a stack file.
 
     Returns:
-        The config, and as findings: keys that are there twice, and keys with a misspelt namespace.
+        The config, its findings attached: see `parse`.
 
     Raises:
-        ConfigError: There is no config to read: no file, no YAML, or not a mapping.
+        ConfigError: There is nothing to plan: no file, no YAML, not a mapping, or too much is missing.
     """
     document, findings = _load(path, _read(path))
     if not isinstance(document, Mapping):
@@ -42,22 +41,8 @@ def load_stack_file(path: Path) -> Raw:
         what = "has no mapping `config`"
     else:
         values, misspelt = _ours(document["config"])
-        return Raw(values, (*findings, *misspelt))
+        return parse(values, (*findings, *misspelt))
     raise ConfigError([Finding(path.name, what, f"start with `config:` and put `{NAMESPACE}:target: local` under it")])
-
-
-def from_pulumi(environ: Mapping[str, str]) -> Raw:
-    """The config as Pulumi hands it to a program in `PULUMI_CONFIG`: texts as they are, all else as JSON in a text."""
-    config: dict[str, str] = json.loads(environ.get("PULUMI_CONFIG") or "{}")
-    prefix = f"{NAMESPACE}:"
-    return Raw({key.removeprefix(prefix): _decoded(value) for key, value in config.items() if key.startswith(prefix)})
-
-
-def _decoded(text: str) -> Any:
-    try:
-        return json.loads(text) if text.startswith(("{", "[")) else text
-    except ValueError:
-        return text
 
 
 def _read(path: Path) -> str:
@@ -124,7 +109,9 @@ def _ours(config: Mapping[Any, Any]) -> tuple[dict[str, Any], list[Finding]]:
         elif nearest(namespace, [NAMESPACE]):
             findings.append(
                 Finding(
-                    f"config.{namespace}:{name}", "is in no namespace of ours", f"did you mean `{NAMESPACE}:{name}`?"
+                    f"config.{namespace}:{name}",
+                    "is in no namespace that is known",
+                    f"did you mean `{NAMESPACE}:{name}`?",
                 )
             )
     return values, findings

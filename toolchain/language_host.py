@@ -1,9 +1,9 @@
 """The Pulumi engine's host for Python programs, for the CLI that is built from the Go module proxy.
 
-The vendor's own host, a Go program, is in no package registry. This one speaks the same protocol over the SDK's protocol
-buffers: it starts the program through `pulumi-language-python-exec` (from the SDK's module, beside this file) and reports
-how it ended. It is copied next to the CLI, so it imports nothing of this project. Not here: the debugger, the type checker
-option, the code generators, and tool chains other than a virtual environment.
+The vendor's own host, a Go program, is in no package registry. This one speaks the same protocol over the SDK's
+protocol buffers: it starts the program through `pulumi-language-python-exec` (from the SDK's module, beside this file)
+and reports how it ended. It is copied next to the CLI, so it imports nothing of this project. Not here: the debugger,
+the type checker option, the code generators, and tool chains other than a virtual environment.
 
 Usage, by the engine only: language_host.py [FLAG…] ENGINE_ADDRESS; the first line on standard output is the port.
 """
@@ -20,14 +20,14 @@ from concurrent import futures
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import grpc
+import grpc  # type: ignore[import-untyped]
 from pulumi.runtime.proto import language_pb2 as pb
 from pulumi.runtime.proto import language_pb2_grpc, plugin_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from google.protobuf.empty_pb2 import Empty
+    from google.protobuf.empty_pb2 import Empty  # type: ignore[import-untyped]
 
 HERE = Path(__file__).resolve().parent
 BAIL = 32  # the program has shown its error to the user itself
@@ -73,7 +73,11 @@ def interpreter(info: pb.ProgramInfo) -> str:
 def ask(info: pb.ProgramInfo, script: str) -> Any:
     """What `script`, run by the program's interpreter in the program's folder, prints as JSON."""
     answer = subprocess.run(
-        [interpreter(info), "-c", script], check=True, capture_output=True, text=True, cwd=info.program_directory or None
+        [interpreter(info), "-c", script],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=info.program_directory or None,
     )
     return json.loads(answer.stdout)
 
@@ -137,7 +141,9 @@ class Host(language_pb2_grpc.LanguageRuntimeServicer):
     def About(self, request: pb.AboutRequest, context: grpc.ServicerContext) -> pb.AboutResponse:  # noqa: N802
         """The interpreter and its version, for `pulumi about`."""
         try:
-            executable, version = ask(request.info, "import json, sys; print(json.dumps([sys.executable, sys.version.split()[0]]))")
+            executable, version = ask(
+                request.info, "import json, sys; print(json.dumps([sys.executable, sys.version.split()[0]]))"
+            )
         except NoInterpreterError as error:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         return pb.AboutResponse(executable=executable, version=version)

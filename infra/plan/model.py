@@ -52,11 +52,15 @@ class ModelPlan(Frozen):
     concurrency: int
     """Sequences that one engine decodes at once, `--max-num-seqs`."""
     queued: int
-    """Requests that one engine lets wait before it answers 503, `--max-num-queued-reqs`."""
+    """Requests that one engine lets wait, beside those that run, before it answers 503."""
     kv_cache_bytes: int
     """Memory for keys and values in one engine, `--kv-cache-memory-bytes`."""
     engine_memory_bytes: int
     """What one engine of this model takes in all: an estimate, see plan/memory.py."""
+    max_answer: int | None = None
+    """Tokens of the longest answer, where that is less than the context."""
+    tool_calls: str | None = None
+    """vLLM's parser for tool calls; None: requests with tools are refused."""
 
 
 class EnginePlan(Frozen):

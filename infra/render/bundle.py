@@ -23,19 +23,9 @@ from typing import Any, Literal
 import jinja2
 
 from infra.paths import NODECONFIG
+from infra.weights.cache import Place
 
 SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Where an entry of models.lock.yaml is on a machine, and what every file of it must be."""
-
-    folder: Path
-    files: Mapping[str, Mapping[str, Any]] | None = None
-    """Path to size and SHA-256; None where they are known only once the entry was made on the machine."""
-    record: Path | None = None
-    """The file that then holds them."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +38,7 @@ class Layout:
     """The Python that has the agent's dependencies."""
     vllm: Path | None = None
     """The `vllm` command inside the engine's virtual environment."""
-    weights: Mapping[str, Weights] = field(default_factory=dict)
+    weights: Mapping[str, Place] = field(default_factory=dict)
     """By entry of models.lock.yaml."""
     haproxy: Path | None = None
     prometheus: Path | None = None
@@ -110,8 +100,7 @@ class Bundle:
             "schema": SCHEMA,
             "role": self.role,
             "programs": {
-                program.name: {"engine": program.engine, "reload": program.reload}
-                for program in self.programs
+                program.name: {"engine": program.engine, "reload": program.reload} for program in self.programs
             },
             "files": {path: hashlib.sha256(text.encode()).hexdigest() for path, text in sorted(files.items())},
         }
@@ -132,10 +121,14 @@ def templates() -> jinja2.Environment:
 
 
 def _unit(program: Program) -> str:
-    return templates().get_template("machine/program.ini.j2").render(
-        program=program,
-        command=_escape(shlex.join(program.command)),
-        environment={name: _escape(value) for name, value in sorted(program.environment.items())},
+    return (
+        templates()
+        .get_template("machine/program.ini.j2")
+        .render(
+            program=program,
+            command=_escape(shlex.join(program.command)),
+            environment={name: _escape(value) for name, value in sorted(program.environment.items())},
+        )
     )
 
 

@@ -79,7 +79,7 @@ def warmup(model: ModelPlan) -> str:
 
 
 def _caches() -> dict[str, str]:
-    """Keep what vLLM and its libraries write inside the machine's folder; they take absolute and relative paths alike."""
+    """Keep what vLLM and its libraries write inside the machine's folder: relative paths, as that is where they run."""
     return {
         "HF_HOME": "data/cache/huggingface",
         "TORCHINDUCTOR_CACHE_DIR": "data/cache/inductor",

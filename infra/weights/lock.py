@@ -8,7 +8,6 @@ its input, and the cache records the digests when it is made.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraint
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from infra.findings import ConfigError, Finding
+from infra.findings import ConfigError, Finding, did_you_mean, nearest
 from infra.paths import ROOT
 
 if TYPE_CHECKING:
@@ -30,6 +29,8 @@ LOCK = ROOT / "stacks" / "models.lock.yaml"
 CALIBRATION = "FLEET_CALIBRATION"
 """Environment variable that replaces every entry's calibration, `<prompts>x<tokens>`: tests need a model that is made
 fast, not a good one. It is part of the entry's digest, so such a model never stands in for the real one."""
+CONVERTER = "vllm-0.32.0"
+"""The virtual environment that GGUF files are dequantised in: another version of transformers may write other bytes."""
 QUANTIZER = "llmcompressor-0.14.0.1"
 """The virtual environment that recipes run in."""
 
@@ -256,8 +257,8 @@ def _finding(path: Path, problem: Any) -> Finding:
                 for model in (WeightsLock, LockEntry, ModelFacts, FileFact, Calibration)
                 for name in model.model_fields
             }
-            near = difflib.get_close_matches(key, known, n=1)
-            return Finding(where, "is not a key of the lock", f"did you mean `{near[0]}`?" if near else "remove it")
+            near = nearest(key, known)
+            return Finding(where, "is not a key of the lock", f"did you mean `{near}`?" if near else "remove it")
         case "missing":
             return Finding(where, "is missing", "`fleet lock add` writes complete entries")
         case "value_error":
@@ -276,9 +277,11 @@ def _cross_checks(path: Path, lock: WeightsLock) -> Iterator[Finding]:
             continue
         base = lock.models.get(entry.made_from)
         if base is None:
-            near = difflib.get_close_matches(entry.made_from, lock.models, n=1)
-            hint = f"did you mean `{near[0]}`?" if near else f"one of: {', '.join(lock.models)}"
-            yield Finding(f"{where}.made_from", f"there is no entry `{entry.made_from}`", hint)
+            yield Finding(
+                f"{where}.made_from",
+                f"there is no entry `{entry.made_from}`",
+                did_you_mean(entry.made_from, lock.models),
+            )
         elif base.made_from is not None:
             yield Finding(
                 f"{where}.made_from", f"`{entry.made_from}` is itself made here", "name an entry with a `source`"

@@ -1,9 +1,9 @@
-"""Dequantise a GGUF model to the files that vLLM loads: safetensors in bfloat16, tokeniser, chat template, configuration.
+"""Dequantise a GGUF model to what vLLM loads: safetensors in bfloat16, tokeniser, chat template, configuration.
 
     python convert_gguf.py MODEL.gguf OUT_DIR
 
-Runs in the engine's virtual environment (transformers, gguf, accelerate). The output is the same byte for byte each time
-with the same versions, so models.lock.yaml can pin it: stamps of the version and of this machine are left out.
+Runs in the engine's virtual environment (transformers, gguf, accelerate). The output is the same byte for byte each
+time with the same versions, so models.lock.yaml can pin it: stamps of the version and of this machine are left out.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Stands in for `vllm serve` where the engine itself is not what is tested: starts in no time, misbehaves on request.
 
 Run as `python fake_vllm.py serve WEIGHTS --port N ...`. A file `behaviour` in the folder of the weights makes it bad:
-`dies-on-request` answers /health and exits at the first completion, `never-healthy` never answers, `exits` does not start.
+`dies-on-request` answers /health and exits at the first completion, `exits` does not start.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ async def serve(weights: Path, port: int, behaviour: str) -> None:
     ended = asyncio.Event()
 
     async def health(_: web.Request) -> web.Response:
-        return web.Response(status=503 if behaviour == "never-healthy" else 200)
+        return web.Response()
 
     async def metrics(_: web.Request) -> web.Response:
         label = f'{{engine="0",model_name="{weights.name}"}}'

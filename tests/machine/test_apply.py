@@ -10,11 +10,12 @@ import urllib.request
 
 import psutil
 import pytest
-from conftest import EngineNode
 from fleet_agent.apply import differences
 from fleet_agent.machine import AgentError
 from fleet_agent.machine import Bundle as StoredBundle
 from fleet_agent.supervise import machine_processes
+
+from tests.machine.nodes import EngineNode
 
 
 def stored(node: EngineNode, digest: str) -> StoredBundle:

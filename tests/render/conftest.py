@@ -10,9 +10,9 @@ from typing import Any
 
 import httpx
 import pytest
-from fakes import FakeAgent, FakeEngine, Loop
-from gateways import AUTH, Gateway, Ports, tool
-from plans import a_plan
+from tests.render.fakes import FakeAgent, FakeEngine, Loop
+from tests.render.gateways import AUTH, Gateway, Ports, tool
+from tests.render.plans import a_plan
 
 
 @dataclass

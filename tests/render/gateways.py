@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
-from plans import KEY, a_layout
+from tests.render.plans import KEY, a_layout
 
 from infra.paths import toolchain_dir
 from infra.plan.model import FleetPlan

@@ -32,7 +32,9 @@ def deploy(plan: FleetPlan, lock: WeightsLock) -> None:
 
     machines = Host("host", folder=str(stack_dir(plan.stack)))
     weights = [
-        Weights(f"weights-{name}", entry=name, digest=lock.digest(name), opts=pulumi.ResourceOptions(depends_on=machines))
+        Weights(
+            f"weights-{name}", entry=name, digest=lock.digest(name), opts=pulumi.ResourceOptions(depends_on=machines)
+        )
         for name in sorted({model.weights for model in plan.models})
     ]
 
@@ -71,13 +73,14 @@ def _outputs(plan: FleetPlan) -> None:
     base = f"http://{plan.gateway.bind}:{plan.gateway.port}"
     key_file = host.default_key_file(plan.stack)
     own_key = any(name == "default" for name, _ in plan.gateway.keys) and key_file.is_file()
-    key = f"$(cat {key_file})" if own_key else "$YOUR_API_KEY"
+    key = f'"$(cat {key_file})"' if own_key else '"$API_KEY"'
     model = plan.models[0].name
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
     pulumi.export("endpoint", f"{base}/v1")
     pulumi.export("api_key_file", str(key_file) if own_key else "keys are listed by `fleet keys list`")
     pulumi.export("models", [m.name for m in plan.models])
-    pulumi.export("curl", f"curl {base}/v1/chat/completions -H \"Authorization: Bearer {key}\" -H 'Content-Type: application/json' -d '{body}'")
+    headers = f"-H 'Authorization: Bearer '{key} -H 'Content-Type: application/json'"
+    pulumi.export("curl", f"curl {base}/v1/chat/completions {headers} -d '{body}'")
     dashboards = {
         "prometheus": f"http://127.0.0.1:{plan.monitor.prometheus_port}",
         "alertmanager": f"http://127.0.0.1:{plan.monitor.alertmanager_port}",

@@ -1,8 +1,8 @@
 """Pulumi dynamic resources of the `local` target.
 
-Their providers run in a process of Pulumi's, which finds this module by its name: nothing here may come from `__main__`.
-What a provider prints is shown by Pulumi as progress. `diff` looks at the machine itself, so that `pulumi up` mends what
-broke since the last one, without a refresh.
+Their providers run in a process of Pulumi's, which finds this module by its name: nothing comes from `__main__`.
+What a provider prints is shown by Pulumi as progress. `diff` looks at the machine itself, so that `pulumi up` mends
+what broke since the last one, without a refresh.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from infra.render.bundle import Bundle
 AGENT_PATH = NODECONFIG / "agent"
 sys.path.insert(0, str(AGENT_PATH))  # the agent is a package of its own: machines have it without the rest
 
-from fleet_agent import apply, machine as agent_machine, supervise  # noqa: E402
+from fleet_agent import apply, supervise  # noqa: E402
+from fleet_agent import machine as agent_machine
 
 OK = "as declared"
 HALT_S = 120

@@ -20,7 +20,9 @@ HALT_S = 120
 
 def main() -> int:
     """Exit code 0: done. 1: could not, and the text on standard error says why."""
-    parser = argparse.ArgumentParser(prog="fleet_agent", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="fleet_agent", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, argument in (("apply", "bundle"), ("boot", ""), ("halt", ""), ("start", "file"), ("serve", "file")):
         sub = commands.add_parser(name)
@@ -37,7 +39,7 @@ def main() -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    # Imported where used: an engine that starts needs none of the agent's libraries, and the agent none of supervisord's.
+    # Imported where used: an engine that starts needs none of the agent's libraries.
     if args.command == "start":
         from fleet_agent.start import start  # noqa: PLC0415
 

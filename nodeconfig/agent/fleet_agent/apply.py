@@ -1,7 +1,7 @@
 """Take a machine from the bundle that it runs to another one, program by program, and back if that fails.
 
-Where each program is: `slots/<program>`. So a run that was killed halfway leaves a machine whose state can be read, and the
-next run carries on from it. Order, for a machine with engines:
+Where each program is: `slots/<program>`. So a run that was killed halfway leaves a machine whose state can be read, and
+the next run carries on from it. Order, for a machine with engines:
 
 1. services (the agent first of all: it knows the engines by their slots);
 2. engines that the new bundle no longer has: drain, stop;
@@ -36,8 +36,8 @@ def apply(machine: Machine, bundle: Bundle, say: Say) -> None:
     """Make the machine run `bundle`. Repeatable; does nothing where nothing differs.
 
     Raises:
-        AgentError: it could not; the machine then runs what it ran before, or on a machine that ran nothing, what could be
-            started. The text says which program failed and shows the end of its log.
+        AgentError: it could not; the machine then runs what it ran before, or on a machine that ran nothing, what
+            could be started. The text says which program failed and shows the end of its log.
     """
     with machine.lock():
         Change(machine, bundle, say).run()
@@ -80,13 +80,23 @@ class Change:
         damage = self.bundle.damage()
         if damage:
             raise AgentError(f"bundle {self.bundle.digest[:12]} is damaged: {'; '.join(damage)}")
-        self.supervisor.boot(self.say)
+        booted = self.supervisor.boot(self.say)
+        self._change(booted=booted)
+        for (
+            program
+        ) in self.bundle.programs.values():  # what did not change moves to the new bundle's folder all the same
+            self.machine.point(program.name, self.bundle.program_folder(program.name))
+        self.machine.commit(self.bundle)
+
+    def _change(self, *, booted: bool) -> None:
         programs = self.bundle.programs
         gone = [name for name in self.machine.occupied() if name not in programs]
         due = [program for program in programs.values() if not self._runs(program)]
         services = sorted((p for p in due if not p.engine), key=lambda p: (p.name != "agent", p.name))
         fresh = [p for p in due if p.engine and self._down(p.name)]
         rolling = [p for p in due if p.engine and p not in fresh]
+        # After a reboot the process manager has started what had a slot.
+        started = fresh + [p for p in programs.values() if booted and p.engine and p not in due]
         try:
             for program in services:
                 self._service(program)
@@ -94,20 +104,19 @@ class Change:
                 self._remove(name)
             for program in fresh:
                 self._start(program)
-            for program in fresh:
+            for program in started:
                 self._await_ready(program.name)
             for program in rolling:
                 self._roll(program)
         except AgentError as error:
             self._back(error)
             raise
-        for program in programs.values():  # what did not change still moves to the new bundle's folder
-            self.machine.point(program.name, self.bundle.program_folder(program.name))
-        self.machine.commit(self.bundle)
 
     def _runs(self, program: Program) -> bool:
         slot = self.machine.slot_bundle(program.name)
-        same = slot is not None and program.name in slot.programs and slot.programs[program.name].digest == program.digest
+        same = (
+            slot is not None and program.name in slot.programs and slot.programs[program.name].digest == program.digest
+        )
         return same and not self._down(program.name)
 
     def _down(self, name: str) -> bool:
@@ -166,7 +175,7 @@ class Change:
         self._await_ready(program.name)
 
     def _back(self, error: AgentError) -> None:
-        """Return every program that was moved to the folder it ran from; one that ran nowhere stays, to be looked at."""
+        """Return what was moved to the folder that it ran from; what ran nowhere before stays, to be looked at."""
         for program, folder in reversed(self.moved):
             if folder is None or not folder.is_dir() or folder == self.machine.slot(program.name):
                 continue
@@ -215,7 +224,9 @@ class Change:
             if row.get("state") not in ("draining", None):
                 return  # it died meanwhile: nothing is left to wait for
             if time.monotonic() > deadline:
-                self.say(f"{name}: still {row.get('in_flight')} in flight at the end of the drain deadline: stopping it")
+                self.say(
+                    f"{name}: still {row.get('in_flight')} in flight at the end of the drain deadline: stopping it"
+                )
                 return
             if time.monotonic() - said > SAY_EVERY_S:
                 said = time.monotonic()
@@ -234,8 +245,12 @@ class Change:
         if not others or own.get("state") != "ready":
             return
         settings = self._agent()
-        if not wait_for(lambda: any(self._engine(o).get("state") == "ready" for o in others), settings["start_s"], POLL_S):
-            raise AgentError(f"{name} is the only ready engine of its model, and {', '.join(others)} does not get ready")
+        if not wait_for(
+            lambda: any(self._engine(o).get("state") == "ready" for o in others), settings["start_s"], POLL_S
+        ):
+            raise AgentError(
+                f"{name} is the only ready engine of its model, and {', '.join(others)} does not get ready"
+            )
 
     def _await_ready(self, name: str) -> None:
         """Wait until an engine is ready.
@@ -256,7 +271,9 @@ class Change:
             if row.get("crash_loop"):
                 raise self._failure(name, f"crashes again and again: {row.get('last_error') or 'see its log'}")
             if took > settings["start_s"]:
-                raise self._failure(name, f"is not ready after {took:.0f} s: {row.get('last_error') or row.get('state')}")
+                raise self._failure(
+                    name, f"is not ready after {took:.0f} s: {row.get('last_error') or row.get('state')}"
+                )
             if time.monotonic() - said > SAY_EVERY_S:
                 said = time.monotonic()
                 self.say(f"{name}: {row.get('state', 'starting')} for {took:.0f} s")

@@ -1,7 +1,7 @@
 """Take up a changed HAProxy configuration without dropping a connection.
 
-HAProxy's master starts new workers on SIGUSR2 and lets the old ones finish. New workers believe every server to be up until
-they have checked it, so what the old ones know is written to the server-state file first.
+HAProxy's master starts new workers on SIGUSR2 and lets the old ones finish. New workers believe every server to be up
+until they have checked it, so what the old ones know is written to the server-state file first.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def check(machine: Machine, folder: Path) -> None:
     """
     unit = RawConfigParser(interpolation=None)
     unit.read(folder / "program.ini")
-    binary = shlex.split(unit.get(unit.sections()[0], "command"))[0]
+    command_line = shlex.split(unit.get(unit.sections()[0], "command"))
+    binary = next(part for part in command_line if Path(part).is_absolute() and Path(part).name.startswith("haproxy"))
     # The configuration names its files as slots/haproxy/..., so it is read from a folder in which that is the new one.
     trial = machine.run / f"check.{os.getpid()}"
     (trial / "slots").mkdir(parents=True)
@@ -51,7 +52,11 @@ def check(machine: Machine, folder: Path) -> None:
     (trial / "slots" / folder.name).symlink_to(folder)
     try:
         result = subprocess.run(
-            [binary, "-c", "-f", f"slots/{folder.name}/haproxy.cfg"], cwd=trial, capture_output=True, text=True, check=False
+            [binary, "-c", "-f", f"slots/{folder.name}/haproxy.cfg"],
+            cwd=trial,
+            capture_output=True,
+            text=True,
+            check=False,
         )
     finally:
         for link in (trial / "slots" / folder.name, trial / "run"):
@@ -59,7 +64,9 @@ def check(machine: Machine, folder: Path) -> None:
         (trial / "slots").rmdir()
         trial.rmdir()
     if result.returncode:
-        raise AgentError(f"HAProxy refuses the new configuration, the old one goes on:\n{result.stderr or result.stdout}")
+        raise AgentError(
+            f"HAProxy refuses the new configuration, the old one goes on:\n{result.stderr or result.stdout}"
+        )
 
 
 def reload(machine: Machine, supervisor: Supervisor, program: str) -> None:

@@ -23,7 +23,7 @@ SETTLED_CHECKS = 2
 UNCHECKED_S = 3.0
 """If no gateway has asked for so long, none has to be told."""
 EMPTY_SAMPLES = 2
-"""So many samples in a row with nothing in flight end a drain: a request may be on its way between two parts of the engine."""
+"""So many samples in a row with nothing in flight end a drain: a request may be between two parts of the engine."""
 
 
 @dataclass

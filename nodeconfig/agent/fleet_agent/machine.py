@@ -1,7 +1,7 @@
 """A machine's folder: bundles, slots, locks. Everything else in this package goes through it.
 
 bundles/<digest>/      what was rendered, never changed afterwards
-slots/<program>        link to the program's folder in the bundle that it runs: the machine's state, readable with `ls -l`
+slots/<program>        link to the folder in a bundle that the program runs from: the machine's state
 current                link to the bundle that was applied last and whole: what a failed apply goes back to
 run/ log/ data/        sockets and pids, logs, what programs keep
 """
@@ -108,7 +108,7 @@ class Machine:
         """
         if len(str(self.supervisor_socket)) > SOCKET_PATH_LIMIT:
             raise AgentError(
-                f"{self.supervisor_socket} is longer than the {SOCKET_PATH_LIMIT} characters that a socket's path may have: "
+                f"{self.supervisor_socket} is longer than the {SOCKET_PATH_LIMIT} characters a socket may have: "
                 "check the project out in a shorter path, or set FLEET_DIR to one"
             )
         for folder in (self.run, self.log, self.slots, self.bundles, self.root / "data"):
@@ -151,7 +151,9 @@ class Machine:
             else:
                 partial.rename(final)
         except OSError as error:
-            raise AgentError(f"cannot write the bundle to {final}: {error.strerror}: make room and run the command again") from error
+            raise AgentError(
+                f"cannot write the bundle to {final}: {error.strerror}: make room and run the command again"
+            ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return final

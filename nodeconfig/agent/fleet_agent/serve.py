@@ -21,7 +21,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -68,29 +68,28 @@ def read_sample(text: str) -> Sample:
 class Agent:
     """The agent of one machine. `settings` is agent.json: see infra/render/engine.py."""
 
-    def __init__(self, machine: Machine, settings: dict[str, Any]) -> None:
+    def __init__(self, machine: Machine, settings: dict[str, Any], http: aiohttp.ClientSession) -> None:
         self.machine = machine
         self.settings = settings
         self.supervisor = Supervisor(machine)
         self.engines: dict[str, Engine] = {}
         self.tasks: dict[str, list[asyncio.Task[None]]] = {}
         self.family: dict[str, list[psutil.Process]] = {}
-        self.http: aiohttp.ClientSession
+        self.http = http
 
     # Watching.
 
     async def watch(self) -> None:
         """Follow the slots and the process manager for ever."""
-        timeout = aiohttp.ClientTimeout(total=self.settings["probe_timeout_ms"] / 1000)
-        async with aiohttp.ClientSession(timeout=timeout) as self.http:
-            while True:
-                try:
-                    await self._look()
-                except Exception:  # the agent must outlive whatever it looks at
-                    log.exception("looking at the machine failed")
-                await asyncio.sleep(LOOK_S)
+        while True:
+            await asyncio.sleep(LOOK_S)
+            try:
+                await self.look()
+            except Exception:  # the agent must outlive whatever it looks at
+                log.exception("looking at the machine failed")
 
-    async def _look(self) -> None:
+    async def look(self) -> None:
+        """See which engines there are, and which processes run them; restart the hopeless."""
         self._find_engines()
         identities = await asyncio.to_thread(self._identities)
         if identities is None:  # no word from the process manager: what was known stays true
@@ -241,6 +240,8 @@ class Agent:
             engine.starts, engine.wedged, engine.warmup_s = kept["starts"], kept["wedged"], kept["warmup_s"]
             engine.expected = kept["expected"]
             engine.started = engine.moved = engine.probed_ok = time.monotonic()
+            if engine.latched and engine.identity and _lives(engine.identity):
+                engine.probe = "ok"  # as far as anyone knows: a gateway may ask before the first probe is back
             if kept["draining"]:
                 engine.drain(time.monotonic())
         return engine
@@ -332,6 +333,12 @@ class Agent:
         return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
+def _lives(identity: Identity) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(identity[0]).create_time() == identity[1]
+    return False
+
+
 class _Collector:
     """The engines as Prometheus metrics."""
 
@@ -343,14 +350,24 @@ class _Collector:
         """Every metric of the agent."""
         now = time.monotonic()
         labels = ["engine", "model"]
-        state = GaugeMetricFamily("fleet_engine_state", "1 for the state that an engine is in", labels=[*labels, "state"])
-        single = {
-            "ready": GaugeMetricFamily("fleet_engine_ready", "Whether gateways send requests to an engine", labels=labels),
+        state = GaugeMetricFamily(
+            "fleet_engine_state", "1 for the state that an engine is in", labels=[*labels, "state"]
+        )
+        single: dict[str, GaugeMetricFamily | CounterMetricFamily] = {
+            "ready": GaugeMetricFamily(
+                "fleet_engine_ready", "Whether gateways send requests to an engine", labels=labels
+            ),
             "starts": CounterMetricFamily("fleet_engine_starts", "Processes that an engine has had", labels=labels),
-            "wedged": CounterMetricFamily("fleet_engine_wedged", "Restarts of an engine that did not move", labels=labels),
-            "loop": GaugeMetricFamily("fleet_engine_crash_loop", "Whether an engine crashes again and again", labels=labels),
+            "wedged": CounterMetricFamily(
+                "fleet_engine_wedged", "Restarts of an engine that did not move", labels=labels
+            ),
+            "loop": GaugeMetricFamily(
+                "fleet_engine_crash_loop", "Whether an engine crashes again and again", labels=labels
+            ),
             "warmup": GaugeMetricFamily("fleet_engine_warmup_seconds", "How long the last warm-up took", labels=labels),
-            "flight": GaugeMetricFamily("fleet_engine_in_flight", "Requests running or waiting in an engine", labels=labels),
+            "flight": GaugeMetricFamily(
+                "fleet_engine_in_flight", "Requests running or waiting in an engine", labels=labels
+            ),
         }
         for engine in self.engines:
             own = [engine.name, engine.model]
@@ -373,8 +390,9 @@ class _Collector:
 def serve(file: Path) -> NoReturn:
     """Run the agent that `file` describes, on the listening socket that is descriptor 0.
 
-    Of two such processes one works and the other waits for the lock, to take over at once when the first one ends. SIGHUP makes
-    the process start afresh with the code and settings that its slot holds by then; the socket stays open all the while.
+    Of two such processes one works and the other waits for the lock, to take over at once when the first one ends.
+    SIGHUP makes the process start afresh with the code and settings that its slot holds by then; the socket stays open
+    all the while.
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stdout)
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
@@ -389,21 +407,25 @@ def serve(file: Path) -> NoReturn:
     with (machine.run / "agent.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         log.info("watching %s", machine.root)
-        asyncio.run(_work(Agent(machine, settings), afresh))
+        asyncio.run(_work(machine, settings, afresh))
     raise SystemExit(0)
 
 
-async def _work(agent: Agent, afresh: Any) -> None:
+async def _work(machine: Machine, settings: dict[str, Any], afresh: Callable[[], None]) -> None:
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
     loop.add_signal_handler(signal.SIGHUP, afresh)
     loop.add_signal_handler(signal.SIGTERM, ended.set)
-    application = web.Application()
-    application.add_routes(agent.routes())
-    runner = web.AppRunner(application, access_log=None)
-    await runner.setup()
-    watching = asyncio.create_task(agent.watch())
-    await web.SockSite(runner, socket.socket(fileno=os.dup(0))).start()
-    await ended.wait()
-    watching.cancel()
-    await runner.cleanup()
+    timeout = aiohttp.ClientTimeout(total=settings["probe_timeout_ms"] / 1000)
+    async with aiohttp.ClientSession(timeout=timeout) as http:
+        agent = Agent(machine, settings, http)
+        await agent.look()  # before the first question comes
+        application = web.Application()
+        application.add_routes(agent.routes())
+        runner = web.AppRunner(application, access_log=None)
+        await runner.setup()
+        await web.SockSite(runner, socket.socket(fileno=os.dup(0))).start()
+        watching = asyncio.create_task(agent.watch())
+        await ended.wait()
+        watching.cancel()
+        await runner.cleanup()

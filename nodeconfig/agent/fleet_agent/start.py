@@ -1,7 +1,7 @@
 """Start an engine: check its weights against the digests of the lock, then become vLLM.
 
-A mismatch refuses to start and says which file. Processes that an earlier run of the same engine left behind are ended first:
-when vLLM's API server is killed, its workers may live on and hold the memory that the new ones need.
+A mismatch refuses to start and says which file. Processes that an earlier run of the same engine left behind are ended
+first: when vLLM's API server is killed, its workers may live on and hold the memory that the new ones need.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def start(file: Path) -> NoReturn:
 
 
 def expected_files(weights: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file: from the lock, or from the record that was written when the entry was made here."""
+    """Size and SHA-256 of every file: from the lock, or from what was recorded when the entry was made here."""
     if weights["files"] is not None:
         return dict(weights["files"])
     return dict(json.loads(Path(weights["record"]).read_text(encoding="utf-8")))

@@ -1,7 +1,7 @@
 """The machine's process manager, as the rest of this package sees it. Here it is supervisord, over its XML-RPC socket.
 
-supervisord does not adopt processes: when it is killed, what it ran lives on and holds the ports. `boot` ends such orphans
-before it starts a new one; it knows them by the environment variable that every process of a machine inherits.
+supervisord does not adopt processes: when it is killed, what it ran lives on and holds the ports. `boot` ends such
+orphans before it starts a new one; it knows them by the environment variable that a machine's processes inherit.
 """
 
 from __future__ import annotations
@@ -63,8 +63,11 @@ class Supervisor:
         except (OSError, HTTPException, xmlrpc.client.Error):
             return False
 
-    def boot(self, say: Callable[[str], None]) -> None:
+    def boot(self, say: Callable[[str], None]) -> bool:
         """Start supervisord if it does not run; it starts every program that has a slot. Repeatable.
+
+        Returns:
+            Whether it had to be started.
 
         Raises:
             AgentError: it does not come up.
@@ -72,7 +75,7 @@ class Supervisor:
         machine = self.machine
         machine.prepare()
         if self.alive():
-            return
+            return False
         end_processes(machine.root, ORPHAN_S, say)
         machine.supervisor_socket.unlink(missing_ok=True)
         config = machine.root / "supervisord.conf"
@@ -88,6 +91,7 @@ class Supervisor:
         )
         if started.returncode or not wait_for(self.alive, BOOT_S):
             raise AgentError(f"the process manager of {machine.root} did not start: {started.stderr or started.stdout}")
+        return True
 
     def halt(self, timeout_s: float, say: Callable[[str], None]) -> None:
         """Stop every program and supervisord itself; nothing of the machine runs afterwards."""
@@ -155,7 +159,11 @@ def machine_processes(root: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and process.environ().get(MARK) == mine and process.status() != psutil.STATUS_ZOMBIE:
+            if (
+                process.pid != os.getpid()
+                and process.environ().get(MARK) == mine
+                and process.status() != psutil.STATUS_ZOMBIE
+            ):
                 found.append(process)
         except psutil.Error:
             continue  # ended meanwhile, or another user's
@@ -167,7 +175,7 @@ def end_processes(root: Path, timeout_s: float, say: Callable[[str], None]) -> N
     left = machine_processes(root)
     if not left:
         return
-    say(f"ending {len(left)} processes that the machine left behind: {', '.join(sorted({p.name() for p in _alive(left)}))}")
+    say(f"ending {len(left)} processes that the machine left behind")
     # Main processes only: an engine's API server ends its workers itself, after they have finished their requests.
     pids = {process.pid for process in left}
     _send([process for process in left if _parent(process) not in pids], signal.SIGTERM)
@@ -175,10 +183,6 @@ def end_processes(root: Path, timeout_s: float, say: Callable[[str], None]) -> N
     _send(machine_processes(root), signal.SIGKILL)
     if not wait_for(lambda: not machine_processes(root), BOOT_S):
         raise AgentError(f"processes of {root} cannot be killed: {[p.pid for p in machine_processes(root)]}")
-
-
-def _alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
-    return [process for process in processes if process.is_running()]
 
 
 def _parent(process: psutil.Process) -> int | None:

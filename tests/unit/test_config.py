@@ -1,0 +1,164 @@
+"""Reading stack files: everything that is wrong, at once, in words that say what to do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from inputs import KEYS, a_host, a_lock
+
+from infra.config import ENCRYPTED, NAMESPACE, duration, from_pulumi, parse, schema, size
+from infra.findings import ConfigError
+from infra.paths import ROOT
+from infra.plan import make_plan
+from infra.stack_file import load_stack_file
+from infra.weights import lock
+
+BAD = Path(__file__).parent / "bad_stacks"
+STACKS = ROOT / "stacks"
+
+
+@pytest.mark.parametrize("file", sorted(BAD.glob("*.yaml")), ids=lambda file: file.stem)
+def test_bad_stacks(file: Path, golden: Callable[[Path, str], None]) -> None:
+    with pytest.raises(ConfigError) as error:
+        make_plan("local", load_stack_file(file), a_lock(), a_host(), KEYS)
+    text = f"{error.value}\n"
+    assert "sk-fleet-" not in text
+    golden(file.with_suffix(".txt"), text)
+
+
+def test_there_are_twenty_bad_stacks_and_no_golden_without_one() -> None:
+    stacks = {file.stem for file in BAD.glob("*.yaml")}
+    assert len(stacks) >= 20
+    assert stacks == {file.stem for file in BAD.glob("*.txt")}
+
+
+@pytest.mark.parametrize("file", sorted(STACKS.glob("Pulumi.*.yaml")), ids=lambda file: file.name)
+def test_shipped_stacks_have_a_plan(file: Path) -> None:
+    make_plan("local", load_stack_file(file), lock.load(), a_host(), KEYS)
+
+
+def test_smallest_stack() -> None:
+    config = parse({"target": "local", "models": {"small": {}}})
+    assert config.findings == ()
+    assert make_plan("local", config, a_lock(), a_host(), KEYS).models[0].weights == "small"
+
+
+def test_pulumi_and_the_file_give_the_same_config(tmp_path: Path) -> None:
+    config: dict[str, Any] = {
+        "target": "local",
+        "models": {"chat": {"weights": "small", "context": 1024}},
+        "api-keys": {"team-a": f"sha256:{'a' * 64}"},
+        "slo": {"ttft_p95": "500ms"},
+        "gateway": {"max-body": "2MiB"},
+        "local": {"base-port": 20000, "ports": {"gateway": 20500}},
+    }
+    file = tmp_path / "Pulumi.dev.yaml"
+    whole = {"config": {f"{NAMESPACE}:{key}": value for key, value in config.items()} | {"aws:region": "eu-west-1"}}
+    file.write_text(json.dumps(whole))
+    texts = {
+        f"{NAMESPACE}:{key}": value if isinstance(value, str) else json.dumps(value) for key, value in config.items()
+    }
+    assert from_pulumi(texts | {"aws:region": "eu-west-1"}) == load_stack_file(file) == parse(config)
+    assert parse(config).findings == ()
+
+
+@pytest.mark.parametrize("text", ["{", "[1,", "[" * 100_000])
+def test_text_from_pulumi_that_is_no_json_is_a_finding(text: str) -> None:
+    with pytest.raises(ConfigError, match="models: must be a mapping, not text"):
+        from_pulumi({f"{NAMESPACE}:target": "local", f"{NAMESPACE}:models": text})
+
+
+def test_findings_stay_until_the_plan() -> None:
+    config = parse({"target": "local", "models": {"chat": {"weights": "small", "context": "x", "engines": 50}}})
+    assert [finding.path for finding in config.findings] == ["models.chat.context"]
+    with pytest.raises(ConfigError) as error:
+        make_plan("local", config, a_lock(), a_host(), KEYS)
+    assert {finding.path for finding in error.value.findings} == {"models.chat.context", "models.chat.engines", "models"}
+
+
+def test_a_hash_may_be_encrypted_and_is_then_not_known() -> None:
+    config = parse({"target": "local", "models": {"small": {}}, "api-keys": {"team-a": {"secure": "v1:xyz"}}})
+    assert config.api_keys == {"team-a": ENCRYPTED}
+    plan = make_plan("local", config, a_lock(), a_host(), config.api_keys)
+    assert [notice.path for notice in plan.notices] == ["api-keys"]
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("500ms", 0.5), ("30s", 30), ("1.5m", 90), ("1 h", 3600)])
+def test_durations(text: str, seconds: float) -> None:
+    assert duration(text) == seconds
+
+
+@pytest.mark.parametrize(("text", "count"), [("1B", 1), ("2kB", 2000), ("2KiB", 2048), ("4 MB", 4_000_000), ("1GiB", 1 << 30)])
+def test_sizes(text: str, count: int) -> None:
+    assert size(text) == count
+
+
+def test_missing_file_names_the_stacks_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"Pulumi.prod.yaml: there is no such stack file(.|\n)*local"):
+        load_stack_file(STACKS / "Pulumi.prod.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"\xff\xfe\x00", "is not text in UTF-8"),
+        (b"config: {a: *nothing}", "is not YAML"),
+        (b"config: !!python/object:os.system {}", "is not YAML"),
+        (b"config:\n  a:b: " + b"9" * 10_000, "is not YAML"),
+        (b"config: " + b"[" * 5_000, "nested too deeply"),
+        (b"a: &a [x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b]\n"
+         b"d: &d [*c,*c,*c,*c,*c,*c,*c,*c]\nconfig: [*d,*d,*d,*d,*d,*d,*d,*d]", "nested too deeply"),
+        (b"config: 2026-01-01", "has no mapping"),
+        (b"config: {1: 2, null: 3, [a]: 4}", "is missing"),
+    ],
+)  # fmt: skip
+def test_strange_files(tmp_path: Path, content: bytes, problem: str) -> None:
+    file = tmp_path / "Pulumi.x.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=problem):
+        load_stack_file(file)
+
+
+def test_schema_is_current(golden: Callable[[Path, str], None]) -> None:
+    golden(STACKS / "stack.schema.json", json.dumps(schema(), indent=1) + "\n")
+
+
+# Whatever is written: a plan, or findings.
+
+KEY = st.sampled_from(
+    "target models gateway api-keys slo local chat weights quantization context max-answer concurrency engines "
+    "typical-tokens tool-calls proxy routing max-body ttft_p95 base-port ports agent prometheus secure".split()
+) | st.text(max_size=8)
+VALUE = (
+    st.sampled_from(["local", "small", "8bit", "4bit", "hermes", "haproxy", "30s", "1MiB", f"sha256:{'0' * 64}"])
+    | st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
+    | st.binary(max_size=4)
+    | st.dates()
+)
+TREE = st.recursive(
+    VALUE, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEY | st.integers() | st.none(), inner, max_size=5)
+)
+STACK = st.fixed_dictionaries(
+    {"target": st.just("local") | VALUE, "models": st.dictionaries(KEY, st.dictionaries(KEY, VALUE, max_size=5) | TREE, max_size=3)},
+    optional={key: TREE for key in ("gateway", "api-keys", "slo", "local", "other")},
+)
+
+
+@given(STACK | st.dictionaries(KEY, TREE, max_size=5))
+def test_no_mapping_crashes_the_planner(raw: dict[str, Any]) -> None:
+    try:
+        make_plan("local", parse(raw), a_lock(), a_host(), KEYS)
+    except ConfigError as error:
+        assert error.findings
+        assert all(finding.path and finding.problem for finding in error.findings)
+        assert str(error).isprintable() or "\n" in str(error)

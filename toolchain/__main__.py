@@ -1,0 +1,42 @@
+"""Commands of set-up. Run them from .venv, which toolchain/bootstrap makes: `toolchain/run python -m toolchain …`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from toolchain.catalogue import catalogue
+from toolchain.engines import ENGINES
+
+
+def main() -> int:
+    """Read the command line and do it; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m toolchain", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    install = commands.add_parser("install", help="install every tool that is missing or too old")
+    install.add_argument(
+        "--for", dest="purpose", choices=["up", "test"], default="up", help="what the tools are for (default: up)"
+    )
+    install.add_argument(
+        "--only",
+        action="append",
+        choices=[*catalogue(), *ENGINES],
+        help="just this one; can be repeated. quantize is never installed unasked",
+    )
+    unlock = commands.add_parser("unlock", help="remove the locks that killed pulumi processes left on a stack")
+    unlock.add_argument("--stack", default="local")
+    arguments = parser.parse_args()
+    if arguments.command == "install":
+        from toolchain.install import install_all  # noqa: PLC0415 - not needed to unlock
+
+        return install_all(arguments.purpose, arguments.only)
+    from toolchain.locks import unlock as unlock_stack  # noqa: PLC0415 - not needed to install
+
+    for sentence in unlock_stack(os.environ.get("PULUMI_BACKEND_URL", ""), arguments.stack):
+        print(sentence, file=sys.stderr)  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
