@@ -8,7 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from infra.paths import shared_dir, toolchain_dir
+from infra.paths import toolchain_dir
 from toolchain import places, sources
 from toolchain.catalogue import Tool, Version, ask_version, catalogue, format_version, look, parse_version
 from toolchain.engines import ENGINES, Engine, EngineError, present
@@ -46,7 +46,7 @@ def install_all(purpose: str, only: Sequence[str] | None) -> int:
             raise error
         screen.console.print(f"\n{name} is missing. {error}", style="red", markup=False)
     if not problems:
-        _drop_go_caches()
+        sources.drop_go_caches()
     return 1 if problems else 0
 
 
@@ -149,9 +149,3 @@ def _refresh(tool: Tool) -> None:
         for folder in toolchain_dir().glob("pulumi-*"):
             if (folder / "language_host.py").exists():
                 sources.refresh_language_host(folder)
-
-
-def _drop_go_caches() -> None:
-    """Sources and objects of finished builds: gigabytes that nothing needs again. A user's own caches are elsewhere."""
-    for name in ("go", "go-build"):
-        shutil.rmtree(shared_dir() / "cache" / name, ignore_errors=True)

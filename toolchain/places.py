@@ -46,12 +46,20 @@ def uv_environment() -> dict[str, str]:
 
 
 @contextmanager
-def one_at_a_time(name: str) -> Iterator[None]:
-    """Held by one process on this machine; the kernel gives it up when the process ends, however it ends."""
+def one_at_a_time(name: str, kind: int = LOCK_EX) -> Iterator[None]:
+    """Held by one process on this machine; the kernel gives it up when the process ends, however it ends.
+
+    Args:
+        name: what is held.
+        kind: fcntl's flags: LOCK_SH for any number of holders, LOCK_NB not to wait.
+
+    Raises:
+        BlockingIOError: with LOCK_NB, when it is held.
+    """
     locks = toolchain_dir() / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     with (locks / name).open("w") as file:
-        flock(file, LOCK_EX)
+        flock(file, kind)
         yield
 
 

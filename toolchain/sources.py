@@ -9,6 +9,8 @@ import shutil
 import stat
 import subprocess
 import sys
+from contextlib import suppress
+from fcntl import LOCK_EX, LOCK_NB, LOCK_SH
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 EXECUTABLE = 0o755
+GO_CACHES = "go-caches"
 _go_builds = Lock()
 
 
@@ -55,7 +58,8 @@ def install(tool: Tool, source: Source, folder: Path, step: Step) -> None:
         elif isinstance(source, Deb):
             _deb(tool, source, folder, step)
         else:
-            _go_build(tool, source, folder, step)
+            with places.one_at_a_time(GO_CACHES, LOCK_SH):
+                _go_build(tool, source, folder, step)
     except (fetch.FetchError, CommandError, OSError) as error:
         raise SourceError(str(error)) from None
 
@@ -156,10 +160,11 @@ def _find_go(step: Step) -> str:
         return str(found.path)
     home = toolchain_dir() / tool.folder
     command = home / "go"
-    if not command.exists():
-        step.say(f"needs Go {tool.minimum} ({what}): taking {describe(tool, tool.sources[0])} (70 MB)")
-        with places.one_at_a_time(tool.name), places.new_folder(home) as folder:
-            install(tool, tool.sources[0], folder, step)
+    with places.one_at_a_time(tool.name):
+        if not command.exists():
+            step.say(f"needs Go {tool.minimum} ({what}): taking {describe(tool, tool.sources[0])} (70 MB)")
+            with places.new_folder(home) as folder:
+                install(tool, tool.sources[0], folder, step)
     return str(command.resolve())
 
 
@@ -225,6 +230,13 @@ def _go_build(tool: Tool, source: GoBuild, folder: Path, step: Step) -> None:
     if sdk:
         add_language_host(folder, Path(sdk["Dir"], "python"))
     shutil.rmtree(work)
+
+
+def drop_go_caches() -> None:
+    """Sources and objects of finished builds: gigabytes that nothing needs again. A user's own caches are elsewhere."""
+    with suppress(BlockingIOError), places.one_at_a_time(GO_CACHES, LOCK_EX | LOCK_NB):
+        for name in ("go", "go-build"):
+            shutil.rmtree(shared_dir() / "cache" / name, ignore_errors=True)
 
 
 def add_language_host(folder: Path, sdk: Path) -> None:

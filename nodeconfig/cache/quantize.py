@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from llmcompressor import oneshot
+from llmcompressor import logger, oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -68,6 +69,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, required=True)
     arguments = parser.parse_args()
     threading.Thread(target=end_with_parent, daemon=True).start()
+    logger.remove()
+    logger.add(sys.stderr)  # the library logs to standard output, which is for the stages
 
     print("loading", flush=True)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)

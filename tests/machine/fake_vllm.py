@@ -1,7 +1,8 @@
 """Stands in for `vllm serve` where the engine itself is not what is tested: starts in no time, misbehaves on request.
 
 Run as `python fake_vllm.py serve WEIGHTS --port N ...`. A file `behaviour` in the folder of the weights makes it bad:
-`dies-on-request` answers /health and exits at the first completion, `exits` does not start.
+`dies-on-request` answers /health and exits at the first completion, `exits` does not start. So does a context of 1000
+tokens: where the weights are shared, a stack config can name that one.
 """
 
 import asyncio
@@ -17,7 +18,10 @@ def main() -> None:
     weights, arguments = Path(sys.argv[2]), sys.argv[3:]
     port = int(arguments[arguments.index("--port") + 1])
     file = weights / "behaviour"
-    asyncio.run(serve(weights, port, file.read_text().strip() if file.exists() else ""))
+    behaviour = file.read_text().strip() if file.exists() else ""
+    if "--max-model-len" in arguments and arguments[arguments.index("--max-model-len") + 1] == "1000":
+        behaviour = "dies-on-request"
+    asyncio.run(serve(weights, port, behaviour))
 
 
 async def serve(weights: Path, port: int, behaviour: str) -> None:

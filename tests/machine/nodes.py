@@ -129,5 +129,3 @@ class EngineNode:
 
     def until(self, what: str, condition: Callable[[], bool]) -> None:
         assert wait_for(condition, IN_TIME_S, 0.05), what
-
-

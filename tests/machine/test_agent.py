@@ -12,7 +12,6 @@ import urllib.request
 from tests.machine.nodes import EngineNode
 
 
-
 def test_a_killed_engine_is_out_at_once_and_comes_back_by_itself(node: EngineNode) -> None:
     node.apply(node.bundle("good"))
     pid = node.engines()["chat-1"]["pid"]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import KEYS, a_host, a_lock
+from tests.unit.inputs import KEYS, a_host, a_lock
 
 from infra.config import ENCRYPTED, NAMESPACE, duration, from_pulumi, parse, schema, size
 from infra.findings import ConfigError

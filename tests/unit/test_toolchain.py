@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import http.server
 import io
@@ -350,3 +351,13 @@ def test_a_wheels_program_is_linked_to_where_its_libraries_are(tmp_path: Path) -
     sources._link(tmp_path, tmp_path / "wheel" / "bin", ["thing"])
     assert (tmp_path / "thing").resolve() == program
     assert os.access(tmp_path / "thing", os.X_OK)
+
+
+def test_caches_of_go_stay_as_long_as_anything_builds(shared: Path) -> None:
+    objects = shared / "cache" / "go-build" / "object"
+    objects.mkdir(parents=True)
+    with places.one_at_a_time(sources.GO_CACHES, fcntl.LOCK_SH):
+        sources.drop_go_caches()
+        assert objects.exists()
+    sources.drop_go_caches()
+    assert not objects.exists()

@@ -204,6 +204,14 @@ def test_env_keeps_what_the_user_has_set(checkout: Checkout, tmp_path: Path) -> 
     assert not (checkout.root / ".fleet").exists()
 
 
+def test_env_makes_relative_folders_absolute(checkout: Checkout) -> None:
+    """The shell that sourced it will stand elsewhere later."""
+    _, output = checkout.run("sh", "-c", f". toolchain/env && {PRINT}", FLEET_DIR="mine", FLEET_SHARED="ours")
+    path, backend, *_ = output.splitlines()
+    assert path.endswith(f":{checkout.root}/ours/toolchain/bin")
+    assert backend == f"file://{checkout.root}/mine/state"
+
+
 def test_env_lets_compiled_python_files_be_written(checkout: Checkout) -> None:
     _, output = checkout.run("toolchain/run", "env", PYTHONDONTWRITEBYTECODE="1")
     assert "PYTHONDONTWRITEBYTECODE=\n" in output

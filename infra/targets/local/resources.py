@@ -24,7 +24,7 @@ from infra.render.bundle import Bundle
 AGENT_PATH = NODECONFIG / "agent"
 sys.path.insert(0, str(AGENT_PATH))  # the agent is a package of its own: machines have it without the rest
 
-from fleet_agent import apply, supervise  # noqa: E402
+from fleet_agent import apply, supervise
 from fleet_agent import machine as agent_machine
 
 OK = "as declared"

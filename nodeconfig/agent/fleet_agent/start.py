@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -23,6 +24,8 @@ PROGRAM = "FLEET_PROGRAM"
 """Environment variable of an engine's processes; its value is the path of the file that it was started from."""
 REFUSED = 78  # EX_CONFIG of sysexits.h
 GONE_S = 10
+LONGEST_FOLDER = 60
+"""vLLM adds a name of 37 characters; 108 is the limit, and its libraries may add something too."""
 
 
 def start(file: Path) -> NoReturn:
@@ -41,10 +44,23 @@ def start(file: Path) -> NoReturn:
         raise SystemExit(REFUSED)
     environment = {**os.environ, PROGRAM: identity}
     environment.pop("PYTHONPATH", None)  # the agent's code is no business of vLLM's
+    environment.update(temporary_folder(Path.cwd() / "run" / engine["name"]))
     command = [str(part) for part in engine["command"]]
     sys.stdout.write(f"starting {' '.join(command)}\n")
     sys.stdout.flush()
     os.execve(command[0], command, environment)  # noqa: S606 - that is the point
+
+
+def temporary_folder(folder: Path) -> dict[str, str]:
+    """An empty folder for the engine's temporary files, so that a killed one leaves none behind.
+
+    vLLM's processes talk over sockets in it, and a socket's path is short: in a deep checkout it is the system's folder.
+    """
+    if len(str(folder)) > LONGEST_FOLDER:
+        return {}
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return {"TMPDIR": str(folder)}
 
 
 def expected_files(weights: dict[str, Any]) -> dict[str, dict[str, Any]]:
