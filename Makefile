@@ -14,7 +14,7 @@ setup: ## install what is missing: .venv, pulumi, haproxy, prometheus, alertmana
 	@$(RUN) python -m toolchain install
 
 up: setup ## bring the fleet up on this machine, or up to date: pulumi up
-	@$(RUN) python -m toolchain unlock --stack $(STACK)
+	@$(RUN) python -m toolchain heal --stack $(STACK)
 	@$(RUN) pulumi stack select --create $(STACK)
 	@$(RUN) pulumi up --yes --skip-preview --stack $(STACK)
 

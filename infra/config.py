@@ -51,6 +51,8 @@ _DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,6})?) ?(ms|s|m|h)")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _SIZE = re.compile(r"(\d{1,9}) ?(B|kB|KiB|MB|MiB|GB|GiB)")
 _BYTES = {"B": 1, "kB": 1000, "KiB": 1 << 10, "MB": 10**6, "MiB": 1 << 20, "GB": 10**9, "GiB": 1 << 30}
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+NAME_FIX = f"small letters, digits and . _ -, first a letter or digit, at most {MAX_NAME}; in quotes if all digits"
 _KEY_HASH = re.compile(r"sha256:([0-9a-f]{64})")
 
 
@@ -103,7 +105,7 @@ KeyHash = Annotated[
         }
     ),
 ]
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=MAX_NAME)]
+Name = Annotated[str, StringConstraints(pattern=f"^{NAME.pattern}$", max_length=MAX_NAME)]
 """Names of models and keys end up in file names, in HAProxy's configuration and in metric labels."""
 Port = Annotated[int, Field(ge=1024, le=32767)]
 """Above is the range that Linux gives to outgoing connections: one of them could hold a port that a server needs."""
@@ -252,9 +254,11 @@ def parse(raw: Mapping[str, Any], findings: Sequence[Finding] = ()) -> StackConf
             return StackConfig.model_validate(values).with_findings(found)
         except ValidationError as error:
             problems = error.errors()
-            found += [_finding(problem) for problem in problems]
+            # No model is left when each one was taken out: that has been said.
+            said = any(finding.path.startswith("models.") for finding in found)
+            found += [_finding(problem) for problem in problems if not (said and problem["type"] == "too_short")]
             mended = [_mend(values, problem) for problem in problems]
-        if not all(mended):
+        if not any(mended):
             raise ConfigError(in_order(found))
 
 
@@ -300,19 +304,22 @@ def _mend(values: dict[str, Any], problem: ErrorDetails) -> bool:
     """Take the faulty value out, so that its default stands in.
 
     Returns:
-        False if it has no default.
+        False if there is nothing to take out, or no default.
     """
-    *parents, last = (part for part in problem["loc"] if part != "[key]")
-    if last == "target":  # whatever was meant, the rest can be checked for the one target there is
+    location = [part for part in problem["loc"] if part != "[key]"]
+    if location == ["target"]:  # whatever was meant, the rest can be checked for the one target there is
         values["target"] = AVAILABLE[0]
         return True
     if problem["type"] in {"missing", "too_short"}:
         return False
     holder: Any = values
-    for part in parents:
-        holder = holder[part]
-    del holder[last]
-    return True
+    for part in location[:-1]:
+        holder = holder.get(part, {})
+    # Pydantic names a key that is no text by its text.
+    faulty = [key for key in holder if str(key) == str(location[-1])]
+    for key in faulty:
+        del holder[key]
+    return bool(faulty)
 
 
 # Words
@@ -320,7 +327,7 @@ def _mend(values: dict[str, Any], problem: ErrorDetails) -> bool:
 
 def _text(location: Location) -> str:
     """A path as it is shown. A name under `api-keys` could be a key that was written on the wrong side of the colon."""
-    parts = [show(part).strip("`") for part in location if part != "[key]"]
+    parts = [show(part).strip("`") or '""' for part in location if part != "[key]"]
     if parts[0] == "api-keys" and len(parts) > 1 and (parts[1].startswith("sk-") or len(parts[1]) > MAX_NAME // 2):
         parts[1] = f"{parts[1][:4]}…"
     return ".".join(parts)
@@ -332,10 +339,7 @@ def _finding(problem: ErrorDetails) -> Finding:
     if problem["type"] == "finding":
         return Finding(path, problem["ctx"]["problem"], problem["ctx"]["fix"])
     if problem["loc"][-1] == "[key]":
-        fix = (
-            f"small letters, digits and . _ -, the first a letter or digit, at most {MAX_NAME}, in quotes if all digits"
-        )
-        return Finding(path, "cannot be a name", fix)
+        return Finding(path, "cannot be a name", NAME_FIX)
     return Finding(path, *_words(problem))
 
 
@@ -345,7 +349,7 @@ def _words(problem: ErrorDetails) -> tuple[str, str]:
     match problem["type"]:
         case "missing" | "too_short":
             words = "is missing", _MISSING[str(location[0])]
-        case "extra_forbidden":
+        case "extra_forbidden" | "invalid_key":
             words = "unknown key", did_you_mean(str(location[-1]), _keys(_type_at(location[:-1])))
         case "literal_error":
             choices = get_args(_type_at(location))
@@ -359,7 +363,9 @@ def _words(problem: ErrorDetails) -> tuple[str, str]:
         case "string_type":
             words = f"must be text, not {_given(location, value)}", ""
         case _:
-            words = f"must be a mapping, not {kind(value)}", f"keys: {', '.join(_keys(_type_at(location)))}"
+            keys = _keys(_type_at(location))
+            fix = f"keys: {', '.join(keys)}" if keys else "write `NAME: …` lines under it"
+            words = f"must be a mapping, not {kind(value)}", fix
     return words
 
 
@@ -376,7 +382,7 @@ def _given(location: Location, value: Any) -> str:
 def _whole_number(value: Any) -> str:
     """The number that was probably meant by `16k` or `"8"`."""
     match = re.fullmatch(r"(\d{1,6}) ?([kK]?)", value) if isinstance(value, str) else None
-    return f"write {int(match[1]) << (10 if match[2] else 0)}" if match else "write it like 2048"
+    return f"write {int(match[1]) << (10 if match[2] else 0)}" if match else "digits alone, without quotes or unit"
 
 
 def _amount(location: Location, value: float) -> str:
@@ -398,9 +404,9 @@ def _type_at(location: Location) -> Any:
 
 
 def _keys(type_: Any) -> list[str]:
-    """The keys that a part of the config can have."""
+    """The keys that a part of the config can have; none if the user chooses them."""
     if get_origin(type_) is dict:
-        return ["NAME"]
+        return []
     return [str(field.alias) for field in type_.model_fields.values()]
 
 

@@ -15,6 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent
 NODECONFIG = ROOT / "nodeconfig"
 
 
+def stacks_dir() -> Path:
+    """The stack files that users write; `FLEET_STACKS` puts them elsewhere."""
+    return Path(os.environ.get("FLEET_STACKS") or ROOT / "stacks").resolve()
+
+
 def fleet_dir() -> Path:
     """The folder that holds everything the stacks of this checkout own."""
     return Path(os.environ.get("FLEET_DIR") or ROOT / ".fleet").resolve()

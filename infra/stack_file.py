@@ -1,28 +1,39 @@
-"""Stack files: reading one without Pulumi."""
+"""Stack files: reading one without Pulumi, and changing the keys in it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, SequenceNode
 
-from infra.config import MAX_DEPTH, MAX_VALUES, NAMESPACE, Location, StackConfig, parse
-from infra.findings import ConfigError, Finding, kind, nearest
-from infra.paths import ROOT
+from infra.config import (
+    MAX_DEPTH,
+    MAX_NAME,
+    MAX_VALUES,
+    NAME,
+    NAME_FIX,
+    NAMESPACE,
+    Location,
+    StackConfig,
+    parse,
+)
+from infra.findings import ConfigError, Finding, did_you_mean, kind, nearest
+from infra.paths import stacks_dir
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
-STACKS = ROOT / "stacks"
+KEYS = f"{NAMESPACE}:api-keys"
 
 
 def stack_file(stack: str) -> Path:
-    """Where Pulumi keeps a stack's config."""
-    return STACKS / f"Pulumi.{stack}.yaml"
+    """Where a stack's config is."""
+    return stacks_dir() / f"Pulumi.{stack}.yaml"
 
 
 def load_stack_file(path: Path) -> StackConfig:
@@ -43,6 +54,64 @@ def load_stack_file(path: Path) -> StackConfig:
         values, misspelt = _ours(document["config"])
         return parse(values, (*findings, *misspelt))
     raise ConfigError([Finding(path.name, what, f"start with `config:` and put `{NAMESPACE}:target: local` under it")])
+
+
+def add_key(path: Path, name: str, digest: str) -> None:
+    """Write the hash of an API key into a stack file; the rest of it stays as it is, comments too.
+
+    Raises:
+        ConfigError: The name is taken or cannot be one, or the file has no place for it.
+    """
+    if not NAME.fullmatch(name) or len(name) > MAX_NAME:
+        raise ConfigError([Finding(f"api-keys.{name}", "cannot be a name", NAME_FIX)])
+    with _edited(path) as config:
+        if config.get(KEYS) is None:
+            config[KEYS] = {}
+        keys: Any = config[KEYS]
+        if not isinstance(keys, MutableMapping) or set(keys) == {"secure"}:
+            raise ConfigError([Finding("api-keys", "is no mapping of names to hashes", "mend the stack file first")])
+        if name in keys:
+            fix = f"`fleet keys revoke {name}` first, or choose another name"
+            raise ConfigError([Finding(f"api-keys.{name}", "is there already", fix)])
+        keys[name] = f"sha256:{digest}"
+
+
+def remove_key(path: Path, name: str) -> None:
+    """Take a key out of a stack file.
+
+    Raises:
+        ConfigError: There is no such key.
+    """
+    with _edited(path) as config:
+        keys = config.get(KEYS)
+        if not isinstance(keys, Mapping) or name not in keys:
+            names = list(keys) if isinstance(keys, Mapping) else []
+            fix = did_you_mean(name, names) if names else "`fleet keys list` shows what there is"
+            raise ConfigError([Finding(f"api-keys.{name}", "is not there", fix)])
+        del config[KEYS][name]
+        if not config[KEYS]:
+            del config[KEYS]
+
+
+@contextmanager
+def _edited(path: Path) -> Iterator[Any]:
+    """The mapping `config` of a stack file; what is changed in it is written back, all or nothing."""
+    load_stack_file(path)  # an edit of a file that cannot be read would make it worse
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 4096  # lines are broken as they were, and nowhere else
+    yaml.allow_duplicate_keys = True
+    document = yaml.load(path.read_text(encoding="utf-8"))
+    yield document["config"]
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with fresh.open("w", encoding="utf-8") as stream:
+            yaml.dump(document, stream)
+        fresh.chmod(path.stat().st_mode & 0o777)
+        fresh.replace(path)
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        raise ConfigError([Finding(path.name, f"cannot be written: {error.strerror}")]) from None
 
 
 def _read(path: Path) -> str:

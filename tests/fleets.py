@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -28,9 +29,12 @@ PORTS = 100
 IN_TIME_S = 300
 
 
+_STEPS = itertools.count()
+
+
 def free_range() -> int:
-    """The first of 100 ports of which none is taken, from a place that depends on this process."""
-    for step in range(100):
+    """The first of 100 ports of which none is taken, never the same twice, from a place that depends on this process."""
+    for step in itertools.islice(_STEPS, PORTS):
         base = 20000 + (os.getpid() * PORTS + step * PORTS) % 12000
         with contextlib.ExitStack() as stack:
             try:
@@ -54,8 +58,12 @@ class Fleet:
     base_port: int
 
     def __post_init__(self) -> None:
-        self.stack_file = self.folder / f"Pulumi.{self.stack}.yaml"
+        self.project = self.folder / "project"
+        self.stack_file = self.project / "stacks" / f"Pulumi.{self.stack}.yaml"
         (self.folder / "state").mkdir(parents=True, exist_ok=True)
+        self.stack_file.parent.mkdir(parents=True, exist_ok=True)
+        for name in ("Pulumi.yaml", "__main__.py", "infra", "nodeconfig", "runbooks", ".venv"):
+            (self.project / name).symlink_to(ROOT / name)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -65,7 +73,8 @@ class Fleet:
             "PATH": os.pathsep.join(path),
             "FLEET_DIR": str(self.folder),
             "FLEET_SHARED": str(self.shared),
-            "FLEET_STACK_FILE": str(self.stack_file),
+            "FLEET_STACKS": str(self.stack_file.parent),
+            "PULUMI_STACK": self.stack,
             "PULUMI_HOME": str(self.folder / "pulumi-home"),
             "PULUMI_BACKEND_URL": f"file://{self.folder}/state",
             "PULUMI_CONFIG_PASSPHRASE": "test",
@@ -87,7 +96,7 @@ class Fleet:
         """A command in the stack's environment, in a process group of its own."""
         return subprocess.Popen(
             command,
-            cwd=ROOT,
+            cwd=self.project,
             env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -112,8 +121,7 @@ class Fleet:
 
     def pulumi(self, command: str, *arguments: str) -> tuple[str, ...]:
         """A pulumi command line for this stack."""
-        config = () if command == "stack" else ("--config-file", str(self.stack_file))
-        return ("pulumi", command, *arguments, "--stack", self.stack, "--non-interactive", *config)
+        return ("pulumi", command, *arguments, "--stack", self.stack, "--non-interactive")
 
     def up(self) -> str:
         return self.run(*self.pulumi("up", "--yes", "--skip-preview"))

@@ -24,16 +24,16 @@ def main() -> int:
         choices=[*catalogue(), *ENGINES],
         help="just this one; can be repeated. quantize is never installed unasked",
     )
-    unlock = commands.add_parser("unlock", help="remove the locks that killed pulumi processes left on a stack")
-    unlock.add_argument("--stack", default="local")
+    heal = commands.add_parser("heal", help="remove the locks, and end the plugins, that killed pulumi processes left")
+    heal.add_argument("--stack", default="local")
     arguments = parser.parse_args()
     if arguments.command == "install":
-        from toolchain.install import install_all  # noqa: PLC0415 - not needed to unlock
+        from toolchain.install import install_all  # noqa: PLC0415 - not needed to heal
 
         return install_all(arguments.purpose, arguments.only)
-    from toolchain.locks import unlock as unlock_stack  # noqa: PLC0415 - not needed to install
+    from toolchain.heal import heal as heal_stack  # noqa: PLC0415 - not needed to install
 
-    for sentence in unlock_stack(os.environ.get("PULUMI_BACKEND_URL", ""), arguments.stack):
+    for sentence in heal_stack(os.environ.get("PULUMI_BACKEND_URL", ""), arguments.stack):
         print(sentence, file=sys.stderr)  # noqa: T201
     return 0
 

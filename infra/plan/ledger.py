@@ -17,8 +17,9 @@ class Ledger:
     origins: list[Origin] = field(default_factory=list)
 
     def refuse(self, path: str, problem: str, fix: str = "") -> None:
-        """Note that the plan cannot be."""
-        self.findings.append(Finding(path, problem, fix))
+        """Note that the plan cannot be. What stands in for a value that is faulty itself is not blamed."""
+        if all(finding.path != path for finding in self.findings):
+            self.findings.append(Finding(path, problem, fix))
 
     def note(self, path: str, message: str) -> None:
         """Note what the user should know that is no error."""

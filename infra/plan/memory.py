@@ -127,7 +127,7 @@ def _what_fits(sizing: Sizing, left: int, catalog: EngineCatalog) -> str:
 
     def largest(key: str, values: range, changed: Callable[[int], Sizing]) -> str | None:
         fitting = bisect.bisect_right(values, left, key=lambda value: changed(value).all_engines(catalog))
-        return f"{key}: {values[fitting - 1]}" if fitting else None
+        return f"`{key}: {values[fitting - 1]}`" if fitting else None
 
     found = (
         largest("engines", range(1, sizing.engines), lambda value: replace(sizing, engines=value)),
@@ -135,4 +135,4 @@ def _what_fits(sizing: Sizing, left: int, catalog: EngineCatalog) -> str:
         largest("concurrency", range(1, sizing.concurrency), lambda value: replace(sizing, concurrency=value)),
     )
     fits = [text for text in found if text]
-    return f"what would fit: {', or '.join(fits)}" if fits else "a smaller model, fewer models, or more memory"
+    return f"would fit: {', or '.join(fits)}" if fits else "a smaller model, fewer models, or more memory"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from infra.findings import did_you_mean
+from infra.findings import did_you_mean, show
 from infra.plan.ledger import gib
 from infra.plan.memory import Sizing
 from infra.plan.model import HostFacts, ModelPlan, Quantization
@@ -82,7 +82,7 @@ class ModelPlanner:
             self.ledger.because(at, self.name, "the entry of models.lock.yaml with the model's own name")
             return self.name
         if self.wanted.weights not in entries:
-            self.ledger.refuse(at, f"models.lock.yaml has no entry {self.wanted.weights!r}", fix)
+            self.ledger.refuse(at, f"models.lock.yaml has no entry {show(self.wanted.weights)}", fix)
             return None
         self.ledger.given(at, self.wanted.weights)
         return self.wanted.weights
@@ -171,7 +171,7 @@ class ModelPlanner:
                 self.ledger.refuse(self._at(key), problem, f"at most {sizing.context}")
         parser = self.wanted.tool_calls
         if parser is not None and parser not in self.catalog.tool_parsers:
-            problem = f"vLLM {self.catalog.version} has no parser {parser!r}"
+            problem = f"vLLM {self.catalog.version} has no parser {show(parser)}"
             self.ledger.refuse(self._at("tool-calls"), problem, did_you_mean(parser, self.catalog.tool_parsers))
         if sizing.engines == 1:
             seconds = self.catalog.speed.stop_s.value + self.catalog.speed.start_s.value

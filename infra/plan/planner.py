@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from infra.catalog import vllm_cpu
+from infra.findings import show
 from infra.plan.engines import names, plan_engines, step_tokens
 from infra.plan.gateway import plan_gateway, thresholds
 from infra.plan.ledger import Ledger
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TTFT_P95_S = 10.0
 """As long as a slow machine reads a prompt of 2,000 tokens (measured on 2 cores, 2026-11)."""
-SHARED_FOLDERS = frozenset({"cache", "engines", "pulumi", "state", "toolchain", "weights"})
+SHARED_FOLDERS = frozenset({"cache", "engines", "passphrase", "pulumi-home", "state", "toolchain", "weights"})
 """What else may be beside the stacks' folders."""
 
 
@@ -93,7 +94,7 @@ def _check_name(stack: str, ledger: Ledger) -> None:
     """A stack's name is the name of its folder."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}", stack) or stack in SHARED_FOLDERS:
         fix = f"at most 40 letters, digits and . _ -, and none of: {', '.join(sorted(SHARED_FOLDERS))}"
-        ledger.refuse("stack", f"cannot be called {stack!r}", fix)
+        ledger.refuse("stack", f"cannot be called {show(stack)}", fix)
 
 
 def _timings(models: Mapping[str, Sizing], config: StackConfig, ttft_p95_s: float, ledger: Ledger) -> Timings:

@@ -1,7 +1,8 @@
 """Weights: what `stacks/models.lock.yaml` promises, where it comes from, and this machine's cache of it."""
 
 from infra.findings import ConfigError
-from infra.weights.cache import Place, ensure, expected_files, place, verify
+from infra.weights.add import add
+from infra.weights.cache import Place, check, ensure, expected_files, place, verify
 from infra.weights.files import Mismatch, WeightsError
 from infra.weights.lock import WeightsLock, load
 
@@ -11,6 +12,8 @@ __all__ = [
     "Place",
     "WeightsError",
     "WeightsLock",
+    "add",
+    "check",
     "ensure",
     "expected_files",
     "load",

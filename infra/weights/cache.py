@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +126,31 @@ def ensure(name: str, lock: WeightsLock, say: Say = silent) -> Path:
     return build.folder
 
 
+def check(lock: WeightsLock, say: Say = silent) -> list[Finding]:
+    """Compare everything in the cache with the lock, every byte; entries that are not in the cache are left out.
+
+    Returns:
+        A finding for each file that differs.
+    """
+    findings: list[Finding] = []
+    for name, entry in lock.models.items():
+        folder = weights_dir() / lock.folder(name)
+        if not folder.is_dir():
+            say(f"{name}: not in the cache")
+            continue
+        try:
+            mismatches = verify(folder, entry, lambda text, name=name: say(f"{name}: {text}"))  # type: ignore[misc]
+        except WeightsError as error:
+            findings += error.findings
+            continue
+        findings += [
+            Finding(str(folder / mismatch.path), mismatch.problem, "`pulumi up` mends it") for mismatch in mismatches
+        ]
+        if not mismatches:
+            say(f"{name}: {len(listing(folder))} files as locked")
+    return findings
+
+
 class _Build:
     """One entry on its way into the cache."""
 
@@ -238,12 +262,7 @@ class _Build:
         require_space(self.folder.parent, 2 * entry.size, self.name)
         assert entry.calibration is not None  # noqa: S101 - the lock was checked
         settings = (f"--prompts={entry.calibration.prompts}", f"--tokens={entry.calibration.tokens}")
-        toolchain = [sys.executable, "-m", "toolchain", "install", "--only", "quantize"]
-        try:
-            run(toolchain, self.say, f"installing {QUANTIZER}", cwd=ROOT, chatty=True)
-        except ProgramError as error:
-            problem = f"{QUANTIZER}, which makes this entry, could not be installed:\n{error}"
-            raise WeightsError([Finding(self.where, problem)]) from None
+        sources.install_quantizer(self.say, self.where)
         with self._scratch() as scratch:
             out = scratch / "model"
             recipe = [engine_dir(QUANTIZER) / "bin" / "python", ROOT / str(entry.recipe)]

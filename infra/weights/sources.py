@@ -14,9 +14,9 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import IO, TYPE_CHECKING
 
 from infra.findings import Finding
-from infra.paths import NODECONFIG, engine_dir, shared_dir, toolchain_dir
+from infra.paths import NODECONFIG, ROOT, engine_dir, shared_dir, toolchain_dir
 from infra.weights.files import CHUNK, FULL, Mismatch, WeightsError, difference, sync
-from infra.weights.lock import CONVERTER, FileFact, Folder, Hub, LockEntry, Package
+from infra.weights.lock import CONVERTER, QUANTIZER, FileFact, Folder, Hub, LockEntry, Package
 from infra.weights.progress import POLL_S, ProgramError, Progress, Say, run, size
 
 if TYPE_CHECKING:
@@ -150,12 +150,10 @@ def from_hub(source: Hub, where: str) -> Fetch:
         url = hf_hub_url(source.repository, path, revision=source.revision, endpoint=endpoint)
         try:
             http_get(url, sink, resume_size=offset, headers=headers, expected_size=fact.size)  # type: ignore[arg-type]
-        except Stopped:
-            raise
-        except Exception as error:
+        except hub_failures() as error:
             if isinstance(error, OSError) and error.errno in FULL:
                 raise
-            raise hub_error(error, source.repository, where) from None
+            raise hub_error(error, source.repository, where, path) from None
 
     return fetch
 
@@ -165,7 +163,15 @@ def hub_endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
 
 
-def hub_error(error: Exception, repository: str, where: str) -> WeightsError:
+def hub_failures() -> tuple[type[Exception], ...]:
+    """What the hub's client raises: its own errors, and those of the HTTP client below it."""
+    import httpx2  # noqa: PLC0415 - slow to import, and most runs fetch nothing
+    from huggingface_hub import errors  # noqa: PLC0415
+
+    return OSError, ValueError, httpx2.HTTPError, errors.NotASafetensorsRepoError, errors.SafetensorsParsingError
+
+
+def hub_error(error: Exception, repository: str, where: str, path: str = "config.json") -> WeightsError:
     """What the hub's client ran into, in words that say what to do."""
     from huggingface_hub import errors  # noqa: PLC0415 - slow to import, and most runs fetch nothing
 
@@ -173,42 +179,21 @@ def hub_error(error: Exception, repository: str, where: str) -> WeightsError:
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
     refused = isinstance(error, errors.GatedRepoError) or status in {401, 403}
     if refused or isinstance(error, errors.RepositoryNotFoundError):
-        return WeightsError(
-            [
-                Finding(
-                    where,
-                    f"{endpoint} does not give out {repository} (HTTP {status}): it is gated, private or not there",
-                    "check the name, accept the model's terms on its page, and set HF_TOKEN to a token that may read "
-                    "it (or run `hf auth login`)",
-                )
-            ]
+        problem = f"{endpoint} does not give out {repository} (HTTP {status}): it is gated, private or not there"
+        fix = (
+            "check the name, accept the model's terms on its page, and set HF_TOKEN to a token that may read it "
+            "(or run `hf auth login`)"
         )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return WeightsError(
-            [Finding(where, f"{repository} has no such revision", "name a commit, branch or tag it has")]
-        )
-    if isinstance(error, errors.EntryNotFoundError):
-        return WeightsError(
-            [
-                Finding(
-                    where,
-                    f"{repository} lacks a file of the lock: {_first_line(error)}",
-                    "lock it again: `fleet lock add`",
-                )
-            ]
-        )
-    if status is not None:
-        return WeightsError([Finding(where, f"{endpoint} answered HTTP {status}", "try again later")])
-    return WeightsError(
-        [
-            Finding(
-                where,
-                f"{endpoint} cannot be reached: {_first_line(error)}",
-                "check the network, or set HF_ENDPOINT to a mirror; what was fetched is kept, and the next run goes on "
-                "from there",
-            )
-        ]
-    )
+    elif isinstance(error, errors.RevisionNotFoundError):
+        problem, fix = f"{repository} has no such revision", "name a commit, branch or tag that it has"
+    elif isinstance(error, errors.EntryNotFoundError):
+        problem, fix = f"{repository} has no {path} at that revision", "lock it again: `fleet lock add`"
+    elif status is not None:
+        problem, fix = f"{endpoint} answered HTTP {status} for {repository}", "try again later"
+    else:
+        problem = f"{repository} cannot be fetched from {endpoint}: {_first_line(error)}"
+        fix = "check the network, or set HF_ENDPOINT to a mirror; the next run goes on where this one ended"
+    return WeightsError([Finding(where, problem, fix)])
 
 
 def _first_line(error: Exception) -> str:
@@ -285,6 +270,20 @@ def convert_gguf(source: Path, scratch: Path, say: Say, where: str) -> Path:
     except ProgramError as error:
         raise WeightsError([Finding(where, f"{source.name} could not be dequantised:\n{error}")]) from None
     return out
+
+
+def install_quantizer(say: Say, where: str) -> None:
+    """Have the virtual environment that recipes run in; set-up never installs it unasked.
+
+    Raises:
+        WeightsError: it cannot be installed.
+    """
+    command = [sys.executable, "-m", "toolchain", "install", "--only", "quantize"]
+    try:
+        run(command, say, f"installing {QUANTIZER}", cwd=ROOT, chatty=True)
+    except ProgramError as error:
+        problem = f"{QUANTIZER}, which makes this entry, could not be installed:\n{error}"
+        raise WeightsError([Finding(where, problem)]) from None
 
 
 def offline(scratch: Path) -> dict[str, str]:

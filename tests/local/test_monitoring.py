@@ -8,6 +8,7 @@ import urllib.request
 from typing import Any
 
 from infra.render.dashboard import queries
+
 from tests.fleets import Fleet
 from tests.local.load import load
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from http.client import HTTPResponse, RemoteDisconnected
 from typing import Any
 
 import httpx
@@ -60,18 +62,21 @@ HOSTILE = [
     "/v1/chat/completions#/../../metrics",
 ]
 
-NOT_HTTP = {"/v1/chat/completions#/../../metrics", "metrics"}
-"""Targets that HAProxy's parser refuses by itself: with 400, and a page of its own that no option replaces."""
+NOT_HTTP = {"/v1/chat/completions#/../../metrics", "metrics", "*"}
+"""Targets that the parser of some HAProxy refuses by itself: with 400 and, before 3.0, a page of its own, or by closing."""
 
 
-def raw(fleet: Fleet, request: bytes) -> tuple[int, dict[str, str], bytes]:
-    """Send bytes as they are; the status, headers and body of the answer."""
+def raw(fleet: Fleet, request: bytes) -> tuple[int, Mapping[str, str], bytes]:
+    """Send bytes as they are; the status, headers and body of the answer. 0: the connection was closed without one."""
     with socket.create_connection(("127.0.0.1", fleet.gateway.plan.gateway.port), timeout=IN_TIME_S) as connection:
         connection.sendall(request)
-        answer = b"".join(iter(lambda: connection.recv(65536), b""))
-    head, _, body = answer.partition(b"\r\n\r\n")
-    first, *lines = head.decode("latin-1").split("\r\n")
-    return int(first.split()[1]), {k.lower(): v.strip() for k, _, v in (line.partition(":") for line in lines)}, body
+        answer = HTTPResponse(connection, method=request.partition(b" ")[0].decode("latin-1"))
+        with closing(answer):
+            try:
+                answer.begin()
+            except RemoteDisconnected:
+                return 0, {}, b""
+            return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
 
 
 def ask_raw(fleet: Fleet, target: str, method: str = "POST", *headers: str, body: bytes = b"{}") -> tuple[int, bytes]:
@@ -112,7 +117,7 @@ def test_every_other_path_is_404_and_reaches_no_engine(fleet: Fleet) -> None:
     for path in HOSTILE:
         for method in ("GET", "POST"):
             status, body = ask_raw(fleet, path, method)
-            assert status == 404 or (status == 400 and path in NOT_HTTP), (method, path, status)
+            assert status == 404 or (status in {0, 400} and path in NOT_HTTP), (method, path, status)
             if status == 404:
                 assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}, path
     assert seen(fleet) == []
@@ -301,8 +306,8 @@ class TestErrors:
         ],
     )
     def test_bad_http_is_400(self, fleet: Fleet, request_bytes: bytes) -> None:
-        # The parser's own page, in HTML: no option of HAProxy replaces it.
-        assert raw(fleet, request_bytes)[0] == 400
+        # Before 3.0 with the parser's own page, in HTML, which no option replaces; 3.2 closes after some.
+        assert raw(fleet, request_bytes)[0] in {0, 400}
         assert seen(fleet) == []
 
     @pytest.mark.parametrize("encoding", ["chunked, identity", "gzip, chunked", "xchunked", "chunked\r\nContent-Length: 4"])

@@ -297,6 +297,55 @@ def test_an_engine_counts_only_with_the_stamp_of_this_recipe(shared: Path) -> No
     assert not engines.present(engine), "its Python has gone"
 
 
+class Recorder:
+    """A step that runs nothing: it notes commands, and fails those that have a certain word in them."""
+
+    def __init__(self, failing: str = "") -> None:
+        self.commands: list[str] = []
+        self.said: list[str] = []
+        self.failing = failing
+
+    def run(self, command: list[Any], **_: Any) -> str:
+        self.commands.append(" ".join(map(str, command)))
+        if self.failing and self.failing in self.commands[-1]:
+            raise CommandError("refused")
+        if command[1] == "venv":
+            (command[-1] / "bin").mkdir()
+            (command[-1] / "bin" / "python").touch()
+        return "torch 2.13.0"
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def status(self, text: str) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("index_answers", "failing", "torch_from"),
+    [(True, "", "torch-cpu.txt"), (False, "", "torch.txt"), (True, "torch-cpu.txt", "torch.txt")],
+)
+def test_torch_comes_from_the_vendors_cpu_index_if_that_works(
+    shared: Path, monkeypatch: pytest.MonkeyPatch, *, index_answers: bool, failing: str, torch_from: str
+) -> None:
+    def read_small(url: str) -> str:
+        if not index_answers:
+            raise fetch.FetchError(f"{url} does not answer")
+        return ""
+
+    monkeypatch.setattr(engines, "unsupported", lambda: "")
+    monkeypatch.setattr(fetch, "read_small", read_small)
+    step = Recorder(failing)
+    engines.install(engines.ENGINES["vllm"], step)  # type: ignore[arg-type]
+    last = [command for command in step.commands if "torch" in command and "--require-hashes" in command][-1]
+    assert last.endswith(torch_from)
+    # Nothing but torch may come from an index that has other packages too.
+    assert ("--default-index" in last) is (torch_from == "torch-cpu.txt")
+    assert ("vllm.txt" in last) is (torch_from == "torch.txt")
+    assert engines.present(engines.ENGINES["vllm"])
+    assert [entry.name for entry in (shared / "engines").iterdir()] == ["vllm-0.32.0"]
+
+
 def test_a_full_disk_is_told_before_anything_is_downloaded(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "unsupported", lambda: "")
     monkeypatch.setattr(fetch, "read_small", lambda _: "")

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from infra.paths import ROOT, toolchain_dir
-from toolchain.locks import unlock
+from toolchain.heal import heal
 
 PROGRAM = """
 import os
@@ -185,24 +185,29 @@ def about_version() -> str:
     return version("pulumi")
 
 
-def test_a_killed_pulumi_leaves_a_lock_that_is_healed(project: Project) -> None:
+def test_a_killed_pulumi_leaves_a_lock_and_plugins_that_are_healed(project: Project) -> None:
     hold = Path(f"{project.file}.hold")
     os.mkfifo(hold)
     running = project.start("up", "--yes", "--skip-preview")
     assert hold.read_text(encoding="utf-8") == "creating"  # the provider is at work, and waits
     [lock] = (project.folder / "fleet" / "state" / ".pulumi" / "locks").rglob("*.json")
-    pid = json.loads(lock.read_text(encoding="utf-8"))["pid"]
-    assert "is being changed" in "".join(unlock(project.backend, "test"))
+    pulumi = psutil.Process(json.loads(lock.read_text(encoding="utf-8"))["pid"])
+    plugins = pulumi.children(recursive=True)
+    assert plugins
+    [sentence] = heal(project.backend, "test")
+    assert "is being changed" in sentence
     assert lock.exists(), "a live process keeps its lock"
+    assert all(plugin.is_running() for plugin in plugins), "and its plugins"
 
-    os.kill(pid, signal.SIGKILL)
-    hold.write_text("", encoding="utf-8")  # the provider goes on, and ends with its engine
-    running.communicate(timeout=60)
-    hold.unlink()
+    pulumi.kill()
+    running.wait(timeout=60)
     assert "locked" in project.pulumi("up", "--yes", "--skip-preview", fails=True)
 
-    [sentence] = unlock(project.backend, "test")
-    assert f"process {pid}, which died" in sentence
+    first, second = heal(project.backend, "test")
+    assert "plugin processes" in first
+    assert f"process {pulumi.pid}, which died" in second
+    running.communicate(timeout=60)  # ends when no process of that run holds its output any more
+    hold.unlink()
     project.pulumi("up", "--yes", "--skip-preview")
     assert project.file.read_text(encoding="utf-8") == "one"
     project.pulumi("destroy", "--yes", "--skip-preview")
@@ -227,30 +232,30 @@ def lock_text(pid: int, host: str) -> str:
 
 def test_a_dead_process_loses_its_lock(tmp_path: Path) -> None:
     lock = lock_file(tmp_path, lock_text(dead_pid(), socket.gethostname()))
-    assert "removed the lock" in "".join(unlock(f"file://{tmp_path}", "test"))
+    assert "removed the lock" in "".join(heal(f"file://{tmp_path}", "test"))
     assert not lock.exists()
 
 
 def test_a_number_that_another_program_has_now_is_no_pulumi(tmp_path: Path) -> None:
     lock = lock_file(tmp_path, lock_text(os.getpid(), socket.gethostname()))
-    assert "removed the lock" in "".join(unlock(f"file://{tmp_path}", "test"))
+    assert "removed the lock" in "".join(heal(f"file://{tmp_path}", "test"))
     assert not lock.exists()
 
 
 def test_another_hosts_lock_is_left_alone(tmp_path: Path) -> None:
     lock = lock_file(tmp_path, lock_text(dead_pid(), "another-host"))
-    assert "on another-host" in "".join(unlock(f"file://{tmp_path}", "test"))
+    assert "on another-host" in "".join(heal(f"file://{tmp_path}", "test"))
     assert lock.exists()
 
 
 def test_a_half_written_lock_is_removed_and_other_stacks_are_not_looked_at(tmp_path: Path) -> None:
     lock = lock_file(tmp_path, '{"pid": 12')
-    assert not list(unlock(f"file://{tmp_path}", "production"))
+    assert not list(heal(f"file://{tmp_path}", "production"))
     assert lock.exists()
-    assert "not completely written" in "".join(unlock(f"file://{tmp_path}", "test"))
+    assert "not completely written" in "".join(heal(f"file://{tmp_path}", "test"))
     assert not lock.exists()
 
 
 def test_remote_backends_are_left_alone() -> None:
-    assert not list(unlock("s3://bucket/state", "test"))
-    assert not list(unlock("", "test"))
+    assert not list(heal("s3://bucket/state", "test"))
+    assert not list(heal("", "test"))

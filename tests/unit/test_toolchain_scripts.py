@@ -149,6 +149,34 @@ def test_bootstrap_says_what_to_do_without_a_python(checkout: Checkout, tmp_path
     assert not (checkout.root / ".venv").exists()
 
 
+def test_bootstrap_tries_every_way_to_uv_and_says_each(checkout: Checkout, tmp_path: Path) -> None:
+    """On a bare machine: a Python without venv and pip, an apt-get and a curl that fail."""
+    path = tmp_path / "bare"
+    path.mkdir()
+    for name in ("sh", "env", "sed", "cat", "cksum", "mkdir", "rm", "mv", "grep", "tail", "id", "dirname"):
+        (path / name).symlink_to(shutil.which(name) or name)
+    fails = {
+        "python3": f'case $2 in venv | pip) echo "No module named $2" >&2; exit 1 ;; esac\nexec {sys.executable} "$@"',
+        "apt-get": "echo 'apt: no such package'; exit 100",
+        "curl": "echo 'curl: (6) Could not resolve host'; exit 6",
+    }
+    for name, script in fails.items():
+        (path / name).write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+        (path / name).chmod(0o755)
+    # The script asks its Python for the interpreter under it: answer with the one that cannot.
+    helper = f"case $1 in -c) case $2 in *_base_executable*) echo {path}/python3; exit 0 ;; esac ;; esac\n"
+    python = (path / "python3").read_text(encoding="utf-8").replace("#!/bin/sh\n", f"#!/bin/sh\n{helper}")
+    (path / "python3").write_text(python, encoding="utf-8")
+    code, output = checkout.run("toolchain/bootstrap", PATH=str(path))
+    assert code == 1
+    ways = ["python3 -m venv", "pip install --target", "apt-get install python3-venv", "the installer at astral.sh"]
+    assert [output.index(f"trying {way}") for way in ways] == sorted(output.index(f"trying {way}") for way in ways)
+    assert "No module named venv" in output
+    assert "Could not resolve host" in output
+    assert "Install it by hand" in output
+    assert [entry.name for entry in (checkout.root / ".fleet" / "toolchain").iterdir()] == ["bin"]
+
+
 def test_bootstrap_refuses_options_it_does_not_know(checkout: Checkout) -> None:
     code, output = checkout.run("toolchain/bootstrap", "--prod")
     assert code == 1

@@ -54,7 +54,7 @@ def start(file: Path) -> NoReturn:
 def temporary_folder(folder: Path) -> dict[str, str]:
     """An empty folder for the engine's temporary files, so that a killed one leaves none behind.
 
-    vLLM's processes talk over sockets in it, and a socket's path is short: in a deep checkout it is the system's folder.
+    vLLM's processes talk over sockets in it, and a socket's path is short: in a deep one it is the system's.
     """
     if len(str(folder)) > LONGEST_FOLDER:
         return {}
