@@ -33,7 +33,7 @@ _STEPS = itertools.count()
 
 
 def free_range() -> int:
-    """The first of 100 ports of which none is taken, never the same twice, from a place that depends on this process."""
+    """The first of 100 ports of which none is taken, never the same twice, somewhere else for each process."""
     for step in itertools.islice(_STEPS, PORTS):
         base = 20000 + (os.getpid() * PORTS + step * PORTS) % 12000
         with contextlib.ExitStack() as stack:

@@ -17,6 +17,10 @@ OPERATOR_CONNECTIONS = 16
 LOG_LINE_BYTES = 4096
 """Longest line of the access log: what a pipe takes in one piece, and more than the fields of a line can fill."""
 
+STOP_S = 3600
+"""From the stop signal to SIGKILL. HAProxy ends by itself, `hard-stop-after` that signal: this is for one that hangs. Not
+taken from the plan, because a changed unit means a restart, and a restart drops what a reload keeps."""
+
 RETURNED = frozenset({"415"})
 """Statuses that HAProxy has no error file for: the configuration returns their body itself."""
 
@@ -64,7 +68,7 @@ def gateway(plan: FleetPlan, layout: Layout) -> Bundle:
                 # The master passes USR1 on: workers close their listeners, finish their streams and leave, those of
                 # earlier reloads too. TERM would cut the streams.
                 stop_signal="USR1",
-                stop_s=plan.timings.gateway_stop_s + math.ceil(plan.timings.check_timeout_ms / 1000),
+                stop_s=STOP_S,
             ),
         ),
     )

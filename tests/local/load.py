@@ -63,7 +63,7 @@ async def _client(fleet: Fleet, result: Result, goes_on: Callable[[], bool], *, 
         while goes_on():
             try:
                 await _ask(session, fleet, stream=stream)
-            except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            except (aiohttp.ClientError, TimeoutError, ValueError, LookupError) as error:
                 result.failures.append(f"{type(error).__name__}: {error}")
             else:
                 if stream:

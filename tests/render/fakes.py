@@ -96,6 +96,8 @@ class FakeEngine(Server):
     open: int = 0
     aborted: int = 0
     most_open: int = 0
+    full: bool = False
+    """Refuse admission with 503, as an engine does whose own queue is full."""
 
     def handler(self) -> web.Application:
         self.permits = asyncio.Semaphore(0)
@@ -127,6 +129,8 @@ class FakeEngine(Server):
             self.open -= 1
 
     async def _do(self, request: web.Request, order: str) -> web.StreamResponse:
+        if self.full:
+            return web.json_response({"error": {"message": "the engine's queue is full"}}, status=503)
         if order == "die":
             assert request.transport
             request.transport.abort()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
 from tests.render.plans import KEY, a_layout
@@ -79,7 +79,6 @@ class Gateway:
     plan: FleetPlan
     binary: Path
     process: subprocess.Popen[bytes] | None = None
-    log: IO[bytes] | None = None
 
     @property
     def url(self) -> str:
@@ -91,9 +90,9 @@ class Gateway:
 
     def start(self) -> None:
         write(self.bundle, self.root)
-        self.log = (self.root / "log/haproxy.log").open("ab")
         command = self.bundle.programs[0].command
-        self.process = subprocess.Popen(command, cwd=self.root, stdout=self.log, stderr=subprocess.STDOUT)
+        with (self.root / "log/haproxy.log").open("ab") as log:
+            self.process = subprocess.Popen(command, cwd=self.root, stdout=log, stderr=subprocess.STDOUT)
         until("HAProxy listens", lambda: self.worker() != "")
 
     def check(self) -> subprocess.CompletedProcess[str]:
@@ -173,7 +172,4 @@ class Gateway:
         assert self.process
         if self.process.poll() is None:
             self.process.terminate()
-        code = self.process.wait(IN_TIME_S)
-        if self.log:
-            self.log.close()
-        return code
+        return self.process.wait(IN_TIME_S)

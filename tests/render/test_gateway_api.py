@@ -81,7 +81,13 @@ def raw(fleet: Fleet, request: bytes) -> tuple[int, Mapping[str, str], bytes]:
 
 def ask_raw(fleet: Fleet, target: str, method: str = "POST", *headers: str, body: bytes = b"{}") -> tuple[int, bytes]:
     host = target.split("/")[2] if "://" in target else "x"
-    lines = [f"{method} {target} HTTP/1.1", f"Host: {host}", "Connection: close", f"Authorization: Bearer {KEY}", *headers]
+    lines = [
+        f"{method} {target} HTTP/1.1",
+        f"Host: {host}",
+        "Connection: close",
+        f"Authorization: Bearer {KEY}",
+        *headers,
+    ]
     lines += [f"Content-Length: {len(body)}"] if body and not any("ncoding" in h for h in headers) else []
     status, _, answer = raw(fleet, "\r\n".join([*lines, "", ""]).encode("latin-1") + body)
     return status, answer
@@ -229,7 +235,9 @@ class TestRequestIds:
     @pytest.mark.parametrize("mine", [None, "", "x" * 65, 'a"b', "a b", "a,b", "ä".encode()])
     def test_else_a_new_one_is_made(self, fleet: Fleet, mine: str | bytes | None) -> None:
         headers = {} if mine is None else {"X-Request-Id": mine}
-        made = {fleet.client.post("/v1/completions", json={}, headers=AUTH | headers).headers["x-request-id"] for _ in "12"}
+        made = {
+            fleet.client.post("/v1/completions", json={}, headers=AUTH | headers).headers["x-request-id"] for _ in "12"
+        }
         assert len(made) == 2
         assert all(len(one) == 36 for one in made)
 
@@ -253,7 +261,20 @@ class TestLog:
 
     def test_every_line_is_json_whatever_the_client_sends(self, start_fleet: StartFleet) -> None:
         fleet = start_fleet(["chat", "embed"], 1)
-        nasty = ['"', "\\", "\x7f", "é", "\xff\xfe", "%s%n", "\u2028", "'", "${HOME}", "x" * 3000, "\xc3" * 3000, "😀" * 300]
+        nasty = [
+            '"',
+            "\\",
+            "\x7f",
+            "é",
+            "\xff\xfe",
+            "%s%n",
+            "\u2028",
+            "'",
+            "${HOME}",
+            "x" * 3000,
+            "\xc3" * 3000,
+            "😀" * 300,
+        ]
         for text in nasty:
             encoded = text.encode("utf-8", "surrogateescape")
             body = json.dumps({"model": text}, ensure_ascii=False).encode("utf-8", "surrogateescape")
@@ -272,7 +293,9 @@ class TestLog:
     def test_health_checks_are_not_in_it(self, fleet: Fleet) -> None:
         fleet.client.get("/lb-health")
         fleet.ask()
-        until("the request is logged", lambda: [line["path"] for line in fleet.gateway.requests()] == ["/v1/completions"])
+        until(
+            "the request is logged", lambda: [line["path"] for line in fleet.gateway.requests()] == ["/v1/completions"]
+        )
 
 
 class TestErrors:
@@ -310,7 +333,9 @@ class TestErrors:
         assert raw(fleet, request_bytes)[0] in {0, 400}
         assert seen(fleet) == []
 
-    @pytest.mark.parametrize("encoding", ["chunked, identity", "gzip, chunked", "xchunked", "chunked\r\nContent-Length: 4"])
+    @pytest.mark.parametrize(
+        "encoding", ["chunked, identity", "gzip, chunked", "xchunked", "chunked\r\nContent-Length: 4"]
+    )
     def test_transfer_encodings_do_not_smuggle(self, fleet: Fleet, encoding: str) -> None:
         hidden = b"0\r\n\r\nGET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
         ask_raw(fleet, "/v1/completions", "POST", f"Transfer-Encoding: {encoding}", body=hidden)
@@ -412,7 +437,9 @@ class TestModels:
         assert 'no "such" model' in error["message"]
         assert seen(fleet) == []
 
-    @pytest.mark.parametrize("body", ["", "{}", "nonsense", '["model"]', '{"model": {"a": 1}}', '{"model": null}', "\x00"])
+    @pytest.mark.parametrize(
+        "body", ["", "{}", "nonsense", '["model"]', '{"model": {"a": 1}}', '{"model": null}', "\x00"]
+    )
     def test_an_unreadable_model_is_400(self, fleet: Fleet, body: str) -> None:
         refused(fleet.client.post("/v1/completions", headers=AUTH, content=body), 400)
         assert seen(fleet) == []

@@ -56,6 +56,7 @@ class Asked:
 
     path: str
     start: int
+    length: int
     token: str | None
 
 
@@ -169,7 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
         part = content[start:end]
         if body:
-            hub.asked.append(Asked(path, start, self.headers.get("Authorization")))
+            hub.asked.append(Asked(path, start, len(part), self.headers.get("Authorization")))
         self._head(206 if wanted else 200, len(part), headers)
         if not body:
             return

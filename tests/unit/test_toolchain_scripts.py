@@ -158,7 +158,7 @@ def test_bootstrap_tries_every_way_to_uv_and_says_each(checkout: Checkout, tmp_p
     fails = {
         "python3": f'case $2 in venv | pip) echo "No module named $2" >&2; exit 1 ;; esac\nexec {sys.executable} "$@"',
         "apt-get": "echo 'apt: no such package'; exit 100",
-        "curl": "echo 'curl: (6) Could not resolve host'; exit 6",
+        "curl": "echo 'curl: (6) Could not resolve host' >&2; exit 6",
     }
     for name, script in fails.items():
         (path / name).write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")

@@ -42,7 +42,8 @@ def start(file: Path) -> NoReturn:
             + "Delete that folder and run `pulumi up`: it fetches them again.\n"
         )
         raise SystemExit(REFUSED)
-    environment = {**os.environ, PROGRAM: identity}
+    # vLLM renames its processes, and the renaming would overwrite the environment that they are known by.
+    environment = {**os.environ, PROGRAM: identity, "SPT_NOENV": "1"}
     environment.pop("PYTHONPATH", None)  # the agent's code is no business of vLLM's
     environment.update(temporary_folder(Path.cwd() / "run" / engine["name"]))
     command = [str(part) for part in engine["command"]]

@@ -1,0 +1,92 @@
+"""The monitor's bundle: Prometheus, Alertmanager and, where there is one, Grafana."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from infra.paths import NODECONFIG
+from infra.plan.model import FleetPlan
+from infra.render.bundle import Bundle, Layout, Program, templates
+
+LOOPBACK = "127.0.0.1"
+
+PERCENTILE_WINDOWS = 10
+"""Alert windows that a rate or a percentile is taken over: enough requests for a 95th percentile to mean something."""
+
+
+def monitor(plan: FleetPlan, layout: Layout) -> Bundle:
+    """Render what watches the fleet.
+
+    Args:
+        plan: the fleet; every number comes from `plan.monitor` and `plan.timings`.
+        layout: where the machine's programs are; `prometheus` and `alertmanager` must be given.
+
+    Returns:
+        A bundle of role `monitor`: programs `prometheus` and `alertmanager`, and `grafana` if the layout has it.
+
+    Raises:
+        ValueError: the layout lacks Prometheus or Alertmanager.
+    """
+    if layout.prometheus is None or layout.alertmanager is None:
+        raise ValueError("Monitoring needs Prometheus and Alertmanager: put their paths in Layout.")
+    programs = [
+        Program(
+            name="prometheus",
+            command=(
+                str(layout.prometheus),
+                *layout.prometheus_arguments,
+                "--config.file=slots/prometheus/prometheus.yml",
+                "--storage.tsdb.path=data/prometheus",
+                f"--storage.tsdb.retention.time={plan.timings.retention}",
+                f"--web.listen-address={LOOPBACK}:{plan.monitor.prometheus_port}",
+            ),
+            files={name: _render(plan, f"{name}.j2") for name in ("prometheus.yml", "rules.yml")},
+            reload="SIGHUP",
+            stop_s=20,
+        ),
+        Program(
+            name="alertmanager",
+            command=(
+                str(layout.alertmanager),
+                "--config.file=slots/alertmanager/alertmanager.yml",
+                "--storage.path=data/alertmanager",
+                f"--web.listen-address={LOOPBACK}:{plan.monitor.alertmanager_port}",
+                # Alone: no gossip, and no port for it.
+                "--cluster.listen-address=",
+            ),
+            files={"alertmanager.yml": _render(plan, "alertmanager.yml.j2")},
+            reload="SIGHUP",
+        ),
+    ]
+    if layout.grafana is not None:
+        programs.append(
+            Program(
+                name="grafana",
+                command=("/bin/sh", "slots/grafana/start.sh", str(layout.grafana)),
+                files={
+                    "start.sh": (NODECONFIG / "monitoring/grafana/start.sh").read_text(encoding="utf-8"),
+                    "grafana.ini": _render(plan, "grafana/grafana.ini.j2"),
+                    "provisioning/datasources/prometheus.yml": _render(plan, "grafana/datasource.yml.j2"),
+                    "provisioning/dashboards/fleet.yml": _render(plan, "grafana/dashboards.yml.j2"),
+                    "dashboards/fleet.json": (NODECONFIG / "monitoring/dashboards/fleet.json").read_text(
+                        encoding="utf-8"
+                    ),
+                },
+                stop_s=20,
+            )
+        )
+    return Bundle(role="monitor", programs=tuple(programs))
+
+
+def _render(plan: FleetPlan, name: str) -> str:
+    values: dict[str, Any] = {
+        "stack": plan.stack,
+        "models": plan.models,
+        "engines": plan.engines,
+        "gateway": plan.gateway,
+        "agent": plan.agent,
+        "monitor": plan.monitor,
+        "timings": plan.timings,
+        "percentile_window_s": PERCENTILE_WINDOWS * plan.timings.alert_window_s,
+    }
+    return templates().get_template(f"monitoring/{name}").render(values)

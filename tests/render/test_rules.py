@@ -1,0 +1,212 @@
+"""Every alert, with the real promtool: it fires when it should, and stays quiet when it should."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from infra.paths import ROOT
+from infra.plan.model import Timings
+from infra.render.monitor import PERCENTILE_WINDOWS, monitor
+from tests.render.gateways import tool
+from tests.render.plans import a_layout, a_plan
+
+PLAN = a_plan(("chat", "code"), timings={"stop_s": 45})
+T: Timings = PLAN.timings
+PAGES = ROOT / "runbooks" / "alerts"
+
+ENGINE = 'engine="chat-0",model="chat"'
+UP = f'up{{job="vllm",instance="127.0.0.1:1",{ENGINE}}}'
+ROTATION = 'haproxy_backend_active_servers{proxy="model-chat",model="chat"}'
+OTHER = 'haproxy_backend_active_servers{proxy="model-code",model="code"}'
+ENGINE_QUEUE = f"vllm:num_requests_waiting{{{ENGINE}}}"
+GATEWAY_QUEUE = 'haproxy_backend_current_queue{proxy="model-chat",model="chat"}'
+WEDGED = f"fleet_engine_wedged_total{{{ENGINE}}}"
+
+Labels = Mapping[str, str]
+CHAT_0 = {"engine": "chat-0", "model": "chat"}
+CHAT = {"model": "chat"}
+DOWN_S = max(T.alert_window_s, T.stop_s)
+
+
+def state(name: str) -> str:
+    return f'fleet_engine_state{{{ENGINE},state="{name}"}}'
+
+
+def lasting(*parts: tuple[float, int], last: float | None = None) -> str:
+    """A series: each value for so many seconds, then the last one for ever."""
+    steps = [f"{value:g}x{max(seconds // T.scrape_s - 1, 0)}" for value, seconds in parts]
+    return " ".join([*steps, f"{parts[-1][0] if last is None else last:g}x2000"])
+
+
+def ttft(seconds: float) -> dict[str, str]:
+    """vLLM's histogram of an engine that starts one request a scrape, each with this time to the first token."""
+    name = "vllm:time_to_first_token_seconds_bucket"
+    return {
+        f'{name}{{{ENGINE},le="{le:g}"}}': "0+1x2000" if seconds <= le else "0x2000"
+        for le in (PLAN.monitor.thresholds.ttft_p95_s, 2 * PLAN.monitor.thresholds.ttft_p95_s)
+    } | {f'{name}{{{ENGINE},le="+Inf"}}': "0+1x2000"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Series, and what of one alert fires at a time."""
+
+    alert: str
+    what: str
+    series: Mapping[str, str]
+    at_s: int
+    fires: tuple[Labels, ...] = ()
+
+
+MINUTE = 60
+QUEUE = PLAN.monitor.thresholds.queue_waiting
+CASES = [
+    Case("EngineDown", "no metrics", {UP: lasting((1, 60), (0, 60))}, 60 + DOWN_S + 5, (CHAT_0,)),
+    Case("EngineDown", "a process that is stopped", {UP: "0x2000", state("silent"): "1x2000"}, DOWN_S + 5, (CHAT_0,)),
+    Case("EngineDown", "no word from its agent either", {UP: "0x2000", 'up{job="agent"}': "0x99"}, 300, (CHAT_0,)),
+    Case("EngineDown", "a moment ago", {UP: lasting((1, 60), (0, 60))}, 60 + DOWN_S - 5),
+    Case("EngineDown", "one lost scrape", {UP: lasting((1, 60), (0, 5), last=1)}, 300),
+    Case("EngineDown", "it loads", {UP: "0x2000", state("loading"): "1x2000", state("stopped"): "0x2000"}, 300),
+    Case("EngineDown", "it warms", {UP: "0x2000", state("warming"): "1x2000"}, 300),
+    Case(
+        "EngineDown",
+        "an update stops it for as long as it may, then it loads",
+        {
+            UP: lasting((1, 60), (0, 60)),
+            state("stopped"): lasting((0, 60), (1, T.stop_s), last=0),
+            state("loading"): lasting((0, 60 + T.stop_s), (1, 5)),
+        },
+        60 + T.stop_s + 60,
+    ),
+    Case("EngineCrashLoop", "the agent says so", {f"fleet_engine_crash_loop{{{ENGINE}}}": "1x99"}, 5, (CHAT_0,)),
+    Case("EngineCrashLoop", "the agent says no", {f"fleet_engine_crash_loop{{{ENGINE}}}": "0x99"}, 60),
+    Case("EngineWedged", "restarted once", {WEDGED: lasting((0, 60), (1, 60))}, 90, (CHAT_0,)),
+    Case("EngineWedged", "restarted long ago", {WEDGED: lasting((0, 60), (1, 60))}, 90 + T.crash_loop_window_s),
+    Case("EngineWedged", "never", {WEDGED: "0x2000"}, 90),
+    Case("EngineWedged", "before this agent and this Prometheus", {WEDGED: "3x2000"}, 90),
+    Case(
+        "NoReadyEngine",
+        "all gone, another model is served",
+        {ROTATION: lasting((2, 60), (0, 60)), OTHER: "2x2000"},
+        60 + T.alert_window_s + 5,
+        (CHAT,),
+    ),
+    Case("NoReadyEngine", "one is left", {ROTATION: lasting((2, 60), (1, 60))}, 300),
+    Case("NoReadyEngine", "a moment ago", {ROTATION: lasting((2, 60), (0, 60))}, 60 + T.alert_window_s - 5),
+    Case("NoReadyEngine", "a new fleet starts", {ROTATION: "0x2000"}, T.start_s - 10),
+    Case("NoReadyEngine", "a new fleet never starts", {ROTATION: "0x2000"}, T.start_s + T.alert_window_s + 5, (CHAT,)),
+    Case("NoReadyEngine", "gone for long", {ROTATION: lasting((2, 60), (0, 60))}, 3 * T.start_s, (CHAT,)),
+    Case("QueueBuilding", "in an engine", {ENGINE_QUEUE: f"{QUEUE + 1}x99"}, T.alert_window_s + 5, (CHAT,)),
+    Case("QueueBuilding", "in the gateway", {GATEWAY_QUEUE: f"{QUEUE + 1}x99"}, T.alert_window_s + 5, (CHAT,)),
+    Case(
+        "QueueBuilding",
+        "in both together",
+        {ENGINE_QUEUE: f"{QUEUE}x99", GATEWAY_QUEUE: "1x99"},
+        T.alert_window_s + 5,
+        (CHAT,),
+    ),
+    Case("QueueBuilding", "as many as may wait", {ENGINE_QUEUE: f"{QUEUE}x99"}, 120),
+    Case("QueueBuilding", "a peak", {ENGINE_QUEUE: lasting((0, 60), (99, 20), last=0)}, 60 + T.alert_window_s + 5),
+    Case("TtftP95High", "slow", ttft(1.5 * PLAN.monitor.thresholds.ttft_p95_s), 10 * MINUTE, (CHAT,)),
+    Case("TtftP95High", "fast", ttft(0.5 * PLAN.monitor.thresholds.ttft_p95_s), 10 * MINUTE),
+    Case(
+        "TtftP95High",
+        "slow long ago, and nothing since",
+        {name: values.replace("0+1x2000", "0+1x60 60x2000") for name, values in ttft(99).items()},
+        60 * T.scrape_s + PERCENTILE_WINDOWS * T.alert_window_s + T.alert_window_s + 60,
+    ),
+    *(
+        case
+        for alert, job in (("GatewayDown", "gateway"), ("AgentDown", "agent"))
+        for series in (f'up{{job="{job}",instance="127.0.0.1:2"}}',)
+        for case in (
+            Case(alert, "no metrics", {series: lasting((1, 60), (0, 60))}, 60 + T.alert_window_s + 5, ({},)),
+            Case(alert, "a moment ago", {series: lasting((1, 60), (0, 60))}, 60 + T.alert_window_s - 5),
+            Case(alert, "a restart", {series: lasting((1, 60), (0, 10), last=1)}, 60 + T.alert_window_s + 5),
+            Case(alert, "another job is down", {UP: "0x99"}, 120),
+        )
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def rules(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The rendered rules."""
+    programs = {program.name: program for program in monitor(PLAN, a_layout()).programs}
+    file = tmp_path_factory.mktemp("rules") / "rules.yml"
+    file.write_text(programs["prometheus"].files["rules.yml"], encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def alerts(rules: Path) -> dict[str, Any]:
+    """The alerting rules, by name."""
+    groups = YAML(typ="safe").load(rules)["groups"]
+    found = [rule for group in groups for rule in group["rules"] if "alert" in rule]
+    assert len({rule["alert"] for rule in found}) == len(found)
+    return {rule["alert"]: rule for rule in found}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.alert}: {case.what}")
+def test_alert(case: Case, rules: Path, alerts: Mapping[str, Any], tmp_path: Path) -> None:
+    # The labels alone are compared: texts are for people, and tested below.
+    names = ",".join(f'{name}="{value}"' for name, value in alerts[case.alert]["labels"].items())
+    by = ",".join(sorted({"alertname"}.union(*case.fires)))
+    expression = f'sum by ({by}) (ALERTS{{alertname="{case.alert}",alertstate="firing",{names}}})'
+    expected = [{"labels": _series({"alertname": case.alert, **labels}), "value": 1} for labels in case.fires]
+    document = {
+        "rule_files": [str(rules)],
+        "evaluation_interval": f"{T.scrape_s}s",
+        "tests": [
+            {
+                "interval": f"{T.scrape_s}s",
+                "input_series": [{"series": name, "values": values} for name, values in case.series.items()],
+                "promql_expr_test": [{"expr": expression, "eval_time": f"{case.at_s}s", "exp_samples": expected}],
+            }
+        ],
+    }
+    file = tmp_path / "test.yml"
+    file.write_text(json.dumps(document), encoding="utf-8")
+    done = subprocess.run([tool("promtool"), "test", "rules", file], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _series(labels: Labels) -> str:
+    return "{" + ",".join(f"{name}={json.dumps(value)}" for name, value in labels.items()) + "}"
+
+
+def test_every_alert_is_seen_to_fire_and_to_stay_quiet(alerts: Mapping[str, Any]) -> None:
+    assert {case.alert for case in CASES if case.fires} == alerts.keys()
+    assert {case.alert for case in CASES if not case.fires} == alerts.keys()
+
+
+def test_every_alert_has_a_page_and_every_page_an_alert(alerts: Mapping[str, Any]) -> None:
+    assert {page.stem for page in PAGES.glob("*.md")} == alerts.keys()
+    for name, rule in alerts.items():
+        assert rule["annotations"]["runbook"] == f"runbooks/alerts/{name}.md"
+        assert rule["labels"]["severity"] in {"page", "warn"}
+        assert {"summary", "description"} <= rule["annotations"].keys()
+
+
+@pytest.mark.parametrize("page", sorted(PAGES.glob("*.md")), ids=lambda page: page.stem)
+def test_pages_have_the_same_parts(page: Path, alerts: Mapping[str, Any]) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith(f"# {page.stem}\n\n`{alerts[page.stem]['labels']['severity']}`")
+    assert re.findall("^## (.*)$", text, re.MULTILINE) == ["What users see", "Check", "Fix", "Escalate"]
+
+
+def test_texts_say_which_engine_or_model(alerts: Mapping[str, Any]) -> None:
+    """A label that the expression has dropped would leave a hole in the text."""
+    for name, rule in alerts.items():
+        used = set(re.findall(r"\$labels\.(\w+)", json.dumps(rule["annotations"])))
+        known = {label for case in CASES if case.alert == name for labels in case.fires for label in labels}
+        assert used <= known | {"instance"}, name

@@ -1,0 +1,194 @@
+"""`fleet lock add`: from a repository to an entry that the cache can fetch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from infra import weights
+from infra.weights.lock import LOCK, load
+from tests.unit.hub import COMMIT, CONFIG, REPOSITORY, Hub, fact, safetensors, tiny_model
+
+INT8 = {"num_bits": 8, "type": "int"}
+INT4 = {"num_bits": 4, "type": "int"}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    monkeypatch.setenv("HF_TOKEN", "hf_not_a_real_token")
+    monkeypatch.setenv("FLEET_SHARED", str(tmp_path / "shared"))
+    with Hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        yield hub
+
+
+@pytest.fixture
+def lock(tmp_path: Path) -> Path:
+    file = tmp_path / "models.lock.yaml"
+    file.write_bytes(LOCK.read_bytes())
+    return file
+
+
+@pytest.mark.parametrize("revision", ["", "@main", f"@{COMMIT}"])
+def test_a_repository_is_locked_and_can_then_be_fetched(hub: Hub, lock: Path, revision: str) -> None:
+    name, entry = weights.add(f"hf://{REPOSITORY}{revision}", path=lock)
+    assert name == "tiny-model"
+    assert entry.source == f"hf://{REPOSITORY}@{COMMIT}"
+    assert entry.licence == "mit"
+    assert entry.format == "bf16"
+    assert {path: one.model_dump() for path, one in entry.files.items()} == {
+        path: fact(content) for path, content in hub.files.items() if path != "README.md"
+    }
+    assert entry.facts.model_dump() == {
+        "architecture": "LlamaForCausalLM",
+        "layers": 2,
+        "hidden_size": 64,
+        "attention_heads": 4,
+        "kv_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 1000,
+        "max_positions": 512,
+        "dtype": "bfloat16",
+        "tied_embeddings": True,
+        "parameters": 20_000,
+        "weights_bytes": 40_000,
+    }
+    written = load(lock)
+    assert written.models[name] == entry
+    folder = weights.ensure(name, written)
+    assert (folder / "model.safetensors").read_bytes() == hub.files["model.safetensors"]
+
+
+def test_weights_are_not_downloaded_to_be_locked(hub: Hub, lock: Path) -> None:
+    hub.files = tiny_model(elements=1_000_000)
+    _, entry = weights.add(f"hf://{REPOSITORY}", path=lock)
+    assert entry.files["model.safetensors"].size > 2_000_000
+    assert sum(asked.length for asked in hub.asked) < 200_000
+
+
+def test_the_rest_of_the_file_stays_as_it_is(hub: Hub, lock: Path) -> None:
+    before = lock.read_text(encoding="utf-8")
+    weights.add(f"hf://{REPOSITORY}", "chat", path=lock)
+    after = lock.read_text(encoding="utf-8")
+    assert after.startswith(before.rstrip("\n"))
+    hub.files = tiny_model(seed=1)
+    weights.add(f"hf://{REPOSITORY}", "chat", path=lock)
+    digest = str(fact(hub.files["model.safetensors"])["sha256"])
+    again = lock.read_text(encoding="utf-8")
+    assert digest in again
+    assert digest not in after
+    assert again.replace(digest, str(fact(tiny_model()["model.safetensors"])["sha256"])) == after
+
+
+def test_a_model_in_several_files(hub: Hub, lock: Path) -> None:
+    shards = {
+        f"model-0000{number}-of-00002.safetensors": safetensors({f"model.layers.{number}.weight": ("BF16", 500)})
+        for number in (1, 2)
+    }
+    shards["model-00002-of-00002.safetensors"] = safetensors(
+        {"model.layers.2.weight": ("BF16", 500), "lm_head.weight": ("BF16", 30)}
+    )
+    index = {
+        "metadata": {},
+        "weight_map": {
+            "model.layers.1.weight": "model-00001-of-00002.safetensors",
+            "model.layers.2.weight": "model-00002-of-00002.safetensors",
+            "lm_head.weight": "model-00002-of-00002.safetensors",
+        },
+    }
+    hub.files = {
+        "config.json": json.dumps(CONFIG).encode(),
+        "model.safetensors.index.json": json.dumps(index).encode(),
+        "consolidated.safetensors": safetensors({"everything": ("BF16", 9)}),
+        **shards,
+    }
+    _, entry = weights.add(f"hf://{REPOSITORY}", path=lock)
+    assert set(entry.files) == {"config.json", "model.safetensors.index.json", *shards}
+    assert (entry.facts.parameters, entry.facts.weights_bytes) == (1030, 2060)
+    assert not entry.facts.tied_embeddings
+
+
+@pytest.mark.parametrize(
+    ("quantization", "expected"),
+    [
+        ({"quant_method": "fp8"}, "fp8"),
+        ({"quant_method": "awq"}, "awq"),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"g": {"weights": INT8, "input_activations": INT8}},
+            },
+            "w8a8-int8",
+        ),
+        ({"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": INT4}}}, "w4a16"),
+    ],
+)
+def test_formats(hub: Hub, lock: Path, quantization: dict[str, object], expected: str) -> None:
+    hub.files["config.json"] = json.dumps({**CONFIG, "quantization_config": quantization}).encode()
+    assert weights.add(f"hf://{REPOSITORY}", path=lock)[1].format == expected
+
+
+def test_scales_are_no_parameters_and_packed_ones_count_eightfold(hub: Hub, lock: Path) -> None:
+    quantization = {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": INT4}}}
+    hub.files["config.json"] = json.dumps({**CONFIG, "quantization_config": quantization}).encode()
+    hub.files["model.safetensors"] = safetensors(
+        {"a.weight_packed": ("I32", 100), "a.weight_scale": ("BF16", 10), "b.weight": ("BF16", 7)}
+    )
+    facts = weights.add(f"hf://{REPOSITORY}", path=lock)[1].facts
+    assert facts.parameters == 807
+
+
+def without_weights(hub: Hub) -> None:
+    del hub.files["model.safetensors"]
+
+
+def of_another_kind(hub: Hub) -> None:
+    hub.files["config.json"] = json.dumps({"architectures": ["BertModel"], "hidden_size": 64}).encode()
+
+
+def strangely_quantised(hub: Hub) -> None:
+    hub.files["config.json"] = json.dumps({**CONFIG, "quantization_config": {"quant_method": "bitsandbytes"}}).encode()
+
+
+def gated(hub: Hub) -> None:
+    hub.token = "hf_another_token"  # noqa: S105 - of a hub on loopback
+
+
+@pytest.mark.parametrize(
+    ("spoil", "source", "expected"),
+    [
+        (without_weights, f"hf://{REPOSITORY}", "has no safetensors files"),
+        (of_another_kind, f"hf://{REPOSITORY}", r"config\.json lacks 'num_attention_heads'"),
+        (strangely_quantised, f"hf://{REPOSITORY}", "quantised in a way that has no name in the lock .bitsandbytes."),
+        (gated, f"hf://{REPOSITORY}", "HF_TOKEN"),
+        (print, f"hf://{REPOSITORY}@v9", "no such revision"),
+        (print, "hf://acme/nothing", "acme/nothing"),
+        (print, "hf://not a repository", "cannot be"),
+        (print, "file:///no/such/folder", "cannot be read|has no safetensors"),
+        (print, "https://example.com/model", "cannot be locked"),
+    ],
+)
+def test_what_cannot_be_locked_leaves_the_lock_alone(
+    hub: Hub, lock: Path, spoil: object, source: str, expected: str
+) -> None:
+    assert callable(spoil)
+    spoil(hub)
+    with pytest.raises(weights.WeightsError, match=expected) as error:
+        weights.add(source, path=lock)
+    assert "hf_not_a_real_token" not in str(error.value)
+    assert lock.read_bytes() == LOCK.read_bytes()
+
+
+def test_a_folder_is_locked(lock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLEET_SHARED", str(tmp_path / "shared"))
+    folder = tmp_path / "My_Model"
+    folder.mkdir()
+    for path, content in tiny_model().items():
+        (folder / path).write_bytes(content)
+    name, entry = weights.add(f"file://{folder}", path=lock)
+    assert name == "my-model"
+    assert set(entry.files) == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert weights.ensure(name, load(lock)).is_dir()
