@@ -359,9 +359,9 @@ def _words(problem: ErrorDetails) -> tuple[str, str]:
         case "less_than_equal":
             words = "is too large", f"at most {_amount(location, context['le'])}"
         case "int_type":
-            words = f"must be a whole number, not {_given(location, value)}", _whole_number(value)
+            words = f"must be a whole number, not {show(value)}", _whole_number(value)
         case "string_type":
-            words = f"must be text, not {_given(location, value)}", ""
+            words = f"must be text, not {show(value)}", ""
         case _:
             keys = _keys(_type_at(location))
             fix = f"keys: {', '.join(keys)}" if keys else "write `NAME: …` lines under it"
@@ -373,10 +373,6 @@ _MISSING = {
     "target": f"add `{NAMESPACE}:target: local`",
     "models": f"add `{NAMESPACE}:models: {{chat: {{weights: ENTRY}}}}` with an ENTRY of stacks/models.lock.yaml",
 }
-
-
-def _given(location: Location, value: Any) -> str:
-    return kind(value) if location[0] == "api-keys" else show(value)
 
 
 def _whole_number(value: Any) -> str:

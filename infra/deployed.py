@@ -117,8 +117,10 @@ class Deployed:
             if status == OK:
                 return json.loads(text)
             problem = f"answers {status} to {path}: {text.strip()}"
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            problem = f"does not answer on port {port}: {error or type(error).__name__}"
+        except OSError as error:
+            problem = f"does not answer on port {port}: {error.strerror or error}"
+        except (ValueError, http.client.HTTPException) as error:
+            problem = f"answers nonsense on port {port}: {error!r}"
         fix = f"`fleet logs agent` may say why; {command_to_deploy(self.stack)} brings it back"
         raise SilentError([Finding(where, problem, fix)])
 

@@ -160,8 +160,10 @@ def _look(deployed: Deployed) -> _Look:
             return ServiceStatus(name, up=True, port=port, detail=questions[name]())
         except SilentError as error:
             return ServiceStatus(name, up=False, port=port, detail=error.findings[0].problem)
-        except (OSError, ValueError, LookupError, http.client.HTTPException) as error:
-            return ServiceStatus(name, up=False, port=port, detail=str(error) or type(error).__name__)
+        except OSError as error:
+            return ServiceStatus(name, up=False, port=port, detail=error.strerror or str(error))
+        except (ValueError, LookupError, http.client.HTTPException) as error:
+            return ServiceStatus(name, up=False, port=port, detail=f"answers nonsense: {error!r}")
 
     with ThreadPoolExecutor(len(questions)) as pool:
         services = tuple(pool.map(answer, questions))

@@ -6,6 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("fleet", deadline=None)  # a busy machine is no failure
+settings.load_profile("fleet")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 
 from toolchain.catalogue import catalogue
@@ -30,6 +31,8 @@ def main() -> int:
     if arguments.command == "install":
         from toolchain.install import install_all  # noqa: PLC0415 - not needed to heal
 
+        # As Ctrl-C: what was started is ended too.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         return install_all(arguments.purpose, arguments.only)
     from toolchain.heal import heal as heal_stack  # noqa: PLC0415 - not needed to install
 

@@ -136,7 +136,7 @@ def install(engine: Engine, step: Step) -> None:
             try:
                 _make(engine, build, step)
             except (CommandError, OSError) as error:
-                if build == builds[-1]:
+                if build == builds[-1] or step.stopping:
                     raise EngineError(str(error)) from None
                 step.say(f"the vendor's CPU build failed: {error}")
             else:

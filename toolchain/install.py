@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+
 class ToolError(RuntimeError):
     """No source could give a tool; the text has every source's reason."""
 
@@ -40,7 +43,12 @@ def install_all(purpose: str, only: Sequence[str] | None) -> int:
         work = {t.name: pool.submit(_tool, t, screen) for t in tools} | {
             e.name: pool.submit(_engine, e, screen) for e in engines
         }
-        problems = {name: error for name, job in work.items() if (error := job.exception())}
+        try:
+            problems = {name: error for name, job in work.items() if (error := job.exception())}
+        except KeyboardInterrupt:
+            screen.stop()
+            screen.say("", "stopped; what is complete is kept")
+            return INTERRUPTED
     for name, error in problems.items():
         if not isinstance(error, (ToolError, EngineError)):
             raise error
@@ -102,6 +110,8 @@ def _install(tool: Tool, on_path: str, step: Step) -> Path:
                 version = _working_version(tool, building)
         except sources.SourceError as error:
             failures.append(f"{sources.describe(tool, source)}: {error}")
+            if step.stopping:
+                break
             continue
         step.say(f"{format_version(version)} installed in {time.monotonic() - started:.0f} s")
         folder = toolchain_dir() / tool.folder

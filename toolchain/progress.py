@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Self
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -37,15 +38,18 @@ class Screen:
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
         self._live = Progress(
             SpinnerColumn(),
-            TextColumn(f"{{task.description:<{NAME_WIDTH}}}"),
+            TextColumn("{task.description}", table_column=Column(min_width=NAME_WIDTH)),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[status]}", markup=False),
+            TextColumn("{task.fields[status]}", markup=False, table_column=Column(ratio=1, overflow="ellipsis")),
             console=self.console,
+            expand=True,
             transient=True,
             disable=not self.console.is_terminal,
         )
         self._steps: dict[str, Step] = {}
-        self._stop = threading.Event()
+        self._closed = threading.Event()
+        self.stopping = threading.Event()
+        self.processes: set[subprocess.Popen[str]] = set()
 
     def __enter__(self) -> Self:
         self._live.start()
@@ -54,7 +58,7 @@ class Screen:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
+        self._closed.set()
         self._live.stop()
 
     @contextmanager
@@ -72,9 +76,15 @@ class Screen:
         """A line that stays."""
         self.console.print(f"{name:<{NAME_WIDTH}} {text}", markup=False)
 
+    def stop(self) -> None:
+        """Have no step begin anything new, and end the commands that run."""
+        self.stopping.set()
+        for process in list(self.processes):
+            process.terminate()
+
     def _beat(self) -> None:
         """Without a terminal, show every so often that slow steps are alive."""
-        while not self._stop.wait(HEARTBEAT_S):
+        while not self._closed.wait(HEARTBEAT_S):
             for step in list(self._steps.values()):
                 self.say(step.name, f"… {time.monotonic() - step.started:.0f} s {step.last}")
 
@@ -89,6 +99,11 @@ class Step:
         self._screen = screen
         self._task = task
         self._live = live
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the user has asked to stop."""
+        return self._screen.stopping.is_set()
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -122,10 +137,14 @@ class Step:
                 env=env,
                 cwd=cwd,
             ) as process:
+                self._screen.processes.add(process)
+                if self._screen.stopping.is_set():  # set while this one started
+                    process.terminate()
                 for line in process.stdout or ():
                     if line.strip():
                         tail.append(line.rstrip())
                         self.status(line)
+            self._screen.processes.discard(process)
         except OSError as error:
             raise CommandError(f"{command[0]}: {error.strerror}") from None
         if process.returncode:

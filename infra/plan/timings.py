@@ -98,7 +98,7 @@ def timings(explained: Mapping[str, Explained]) -> Timings:
 
 def _generation(works: Sequence[Work], ttft_p95_s: float) -> dict[str, Explained]:
     longest = math.ceil(max(work.generation for work in works))
-    drain = longest + 10
+    drain = max(longest, _wedged(works)) + 10
     server = drain + 10
     shutdown = 30
     queue = round(min(120, max(10, 6 * ttft_p95_s)))
@@ -109,7 +109,7 @@ def _generation(works: Sequence[Work], ttft_p95_s: float) -> dict[str, Explained
         ),
         "drain_s": (
             drain,
-            "longest generation, and 10 s for the gateway to hear of the drain and the agent of the last one's end",
+            "longest generation, or the time to see that an engine is wedged; and 10 s to hear of beginning and end",
         ),
         "shutdown_s": (
             shutdown,
@@ -129,10 +129,14 @@ def _generation(works: Sequence[Work], ttft_p95_s: float) -> dict[str, Explained
     }
 
 
+def _wedged(works: Sequence[Work]) -> int:
+    return max(LEAST_WEDGED_S, math.ceil(max(work.silence for work in works)))
+
+
 def _starting(works: Sequence[Work]) -> dict[str, Explained]:
     warmup = max(LEAST_WARMUP_S, math.ceil(max(work.warmup for work in works)))
     start = math.ceil(max(work.start for work in works)) + 2 * warmup
-    wedged = max(LEAST_WEDGED_S, math.ceil(max(work.silence for work in works)))
+    wedged = _wedged(works)
     restarts = 3
     return {
         "warmup_request_s": (warmup, f"the longest prompt and a short answer, {LEAST_WARMUP_S} s at least"),

@@ -18,8 +18,8 @@ LOG_LINE_BYTES = 4096
 """Longest line of the access log: what a pipe takes in one piece, and more than the fields of a line can fill."""
 
 STOP_S = 3600
-"""From the stop signal to SIGKILL. HAProxy ends by itself, `hard-stop-after` that signal: this is for one that hangs. Not
-taken from the plan, because a changed unit means a restart, and a restart drops what a reload keeps."""
+"""From the stop signal to SIGKILL. HAProxy ends by itself, `hard-stop-after` that signal: this is for one that hangs.
+Not taken from the plan, because a changed unit means a restart, and a restart drops what a reload keeps."""
 
 RETURNED = frozenset({"415"})
 """Statuses that HAProxy has no error file for: the configuration returns their body itself."""

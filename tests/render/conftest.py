@@ -3,38 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+
 from tests.render.fakes import FakeAgent, FakeEngine, Loop
-from tests.render.gateways import AUTH, Gateway, Ports, tool
+from tests.render.gateways import Fleet, Gateway, Ports, StartFleet, tool
 from tests.render.plans import a_plan
-
-
-@dataclass
-class Fleet:
-    """A gateway with everything behind it."""
-
-    gateway: Gateway
-    engines: dict[str, FakeEngine]
-    agent: FakeAgent
-    client: httpx.Client
-
-    def mark(self, **status: int) -> None:
-        """Set what the agent says, by engine name with `_` for `-`."""
-        for name, code in status.items():
-            self.agent.status[self.engines[name.replace("_", "-")].port] = code
-
-    def ask(self, path: str = "/v1/completions", *, do: str = "", **more: Any) -> httpx.Response:
-        headers = {**AUTH, **({"X-Fake": do} if do else {}), **more.pop("headers", {})}
-        return self.client.post(path, headers=headers, json={"model": "chat"}, **more)
-
-
-StartFleet = Callable[..., Fleet]
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A gateway machine in a temporary folder, with the real HAProxy."""
+"""A gateway machine in a temporary folder with the real HAProxy, and the fleet behind it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-from tests.render.plans import KEY, a_layout
 
 from infra.paths import toolchain_dir
 from infra.plan.model import FleetPlan
 from infra.render.bundle import Bundle
 from infra.render.gateway import gateway
+from tests.render.fakes import FakeAgent, FakeEngine
+from tests.render.plans import KEY, a_layout
 
 IN_TIME_S = 30
 AUTH = {"Authorization": f"Bearer {KEY}"}
@@ -168,8 +170,30 @@ class Gateway:
         """The access log; every line of it must be JSON."""
         return [json.loads(line) for line in self.log_text().splitlines() if line.startswith("{")]
 
-    def stop(self) -> int:
-        assert self.process
-        if self.process.poll() is None:
+    def stop(self) -> None:
+        """End it at once, streams and all."""
+        if self.process and self.process.poll() is None:
             self.process.terminate()
-        return self.process.wait(IN_TIME_S)
+            self.process.wait(IN_TIME_S)
+
+
+@dataclass
+class Fleet:
+    """A gateway with everything behind it."""
+
+    gateway: Gateway
+    engines: dict[str, FakeEngine]
+    agent: FakeAgent
+    client: httpx.Client
+
+    def mark(self, **status: int) -> None:
+        """Set what the agent says, by engine name with `_` for `-`."""
+        for name, code in status.items():
+            self.agent.status[self.engines[name.replace("_", "-")].port] = code
+
+    def ask(self, path: str = "/v1/completions", *, do: str = "", **more: Any) -> httpx.Response:
+        headers = {**AUTH, **({"X-Fake": do} if do else {}), **more.pop("headers", {})}
+        return self.client.post(path, headers=headers, json={"model": "chat"}, **more)
+
+
+StartFleet = Callable[..., Fleet]

@@ -121,7 +121,9 @@ def a_plan(
     )
 
 
-def a_layout(root: Path = Path("/srv/fleet/machine"), **programs: Path) -> Layout:
+def a_layout(root: Path = Path("/srv/fleet/machine"), **programs: Any) -> Layout:
     """A machine whose programs are where `programs` says, else under /opt."""
-    paths = {name: Path(f"/opt/{name}/bin/{name}") for name in ("haproxy", "prometheus", "alertmanager")} | programs
-    return Layout(root=root, python=Path("/opt/python/bin/python"), **paths)
+    paths: dict[str, Any] = {
+        name: Path(f"/opt/{name}/bin/{name}") for name in ("haproxy", "prometheus", "alertmanager")
+    }
+    return Layout(root=root, python=Path("/opt/python/bin/python"), **paths | programs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import stat
 import subprocess
 import threading
 import time
@@ -13,11 +14,10 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
-from tests.render.conftest import Fleet, StartFleet
-from tests.render.fakes import FakeEngine
-from tests.render.gateways import AUTH, IN_TIME_S, until
 
 from infra.plan.model import EnginePlan, FleetPlan
+from tests.render.fakes import FakeEngine
+from tests.render.gateways import AUTH, IN_TIME_S, Fleet, StartFleet, until
 
 
 @pytest.fixture
@@ -28,7 +28,9 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 def open_stream(fleet: Fleet, chunks: int) -> tuple[httpx.Response, Iterator[str], FakeEngine]:
     """A stream of which the first chunk has arrived."""
-    request = fleet.client.build_request("POST", "/v1/completions", headers=AUTH | {"X-Fake": f"stream {chunks}"}, json={})
+    request = fleet.client.build_request(
+        "POST", "/v1/completions", headers=AUTH | {"X-Fake": f"stream {chunks}"}, json={}
+    )
     opened = {name: engine.open for name, engine in fleet.engines.items()}
     with ThreadPoolExecutor(1) as one:
         sending = one.submit(fleet.client.send, request, stream=True)
@@ -93,7 +95,9 @@ class TestStreams:
             until("an engine has it", lambda: sum(engine.open for engine in fleet.engines.values()) == 1)
         until("it is cancelled", lambda: sum(engine.aborted for engine in fleet.engines.values()) == 1)
 
-    def test_and_one_that_leaves_the_queue_never_gets_there(self, start_fleet: StartFleet, pool: ThreadPoolExecutor) -> None:
+    def test_and_one_that_leaves_the_queue_never_gets_there(
+        self, start_fleet: StartFleet, pool: ThreadPoolExecutor
+    ) -> None:
         fleet = start_fleet(engines=1, gateway={"server_maxconn": (("chat", 1),)})
         held = hold(fleet, pool, 1)
         port = fleet.gateway.plan.gateway.port
@@ -167,9 +171,10 @@ class TestRetries:
 
     def test_even_if_most_engines_died_at_once(self, start_fleet: StartFleet) -> None:
         fleet = start_fleet(engines=4)
+        fleet.agent.sleep()  # a lost node takes its agent along: no check says anything
         for name in ("chat-0", "chat-1", "chat-2"):
             fleet.engines[name].stop()
-        assert [fleet.ask().json()["engine"] for _ in range(3)] == ["chat-3"] * 3
+        assert {fleet.ask().json()["engine"] for _ in range(20)} == {"chat-3"}
 
     def test_a_full_engine_is_passed_over(self, fleet: Fleet) -> None:
         fleet.engines["chat-0"].full = True
@@ -347,6 +352,9 @@ class TestReload:
 
 
 class TestProcess:
+    def test_the_admin_socket_is_its_owners_alone(self, fleet: Fleet) -> None:
+        assert stat.S_IMODE((fleet.gateway.root / "run/haproxy.sock").stat().st_mode) == 0o600
+
     def test_a_stop_finishes_streams_and_takes_nothing_new(self, fleet: Fleet) -> None:
         response, lines, engine = open_stream(fleet, 10)
         process = fleet.gateway.process

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -241,6 +242,17 @@ def test_queries_are_found_in_rows_too() -> None:
     assert len(dashboard.queries(json.loads(dashboard.FILE.read_text()))) == sum(
         len(panel.queries) for panel in dashboard.PANELS
     )
+
+
+def test_promtool_takes_every_query(tmp_path: Path) -> None:
+    asked = [text.replace("$__rate_interval", "1m") for _, text in dashboard.queries(json.loads(dashboard.build()))]
+    rules = [{"record": f"query:{n}", "expr": text} for n, text in enumerate(asked)]
+    file = tmp_path / "queries.yml"
+    file.write_text(json.dumps({"groups": [{"name": "queries", "rules": rules}]}))
+    promtool("check", "rules", file)
+    recorded = files(monitor(a_plan(), a_layout()), "prometheus")["rules.yml"]
+    for name in re.findall(r"\bmodel:\w+:\w+", " ".join(asked)):
+        assert f"record: {name}\n" in recorded
 
 
 def test_rendering_imports_no_sdk() -> None:

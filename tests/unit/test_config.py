@@ -15,7 +15,7 @@ from infra.config import ENCRYPTED, NAMESPACE, duration, from_pulumi, parse, sch
 from infra.findings import ConfigError, Finding
 from infra.paths import ROOT
 from infra.plan import make_plan
-from infra.stack_file import load_stack_file
+from infra.stack_file import add_key, load_stack_file, remove_key
 from infra.weights import lock
 from tests.unit.inputs import KEYS, a_host, a_lock
 
@@ -171,3 +171,79 @@ def test_no_mapping_crashes_the_planner(raw: dict[str, Any]) -> None:
         findings = error.findings
     assert all(finding.path.isprintable() and finding.problem.isprintable() for finding in findings)
     assert all(finding.path and finding.problem for finding in findings)
+
+
+# Keys in the stack file.
+
+WRITTEN = """\
+# before
+config:
+  aws:region: "us-east-1"   # quoted, and a comment
+  vllm-fleet:target: local
+  vllm-fleet:models:
+    small: {context: 1024}  # a flow mapping
+
+  # a comment of its own
+  vllm-fleet:slo: {ttft_p95: 5s}
+"""
+HASH = "ab" * 32
+
+
+@pytest.fixture
+def stack_file(tmp_path: Path) -> Path:
+    file = tmp_path / "Pulumi.x.yaml"
+    file.write_text(WRITTEN)
+    file.chmod(0o640)
+    return file
+
+
+def test_a_key_is_added_and_nothing_else_changes(stack_file: Path) -> None:
+    add_key(stack_file, "team-a", HASH)
+    text = stack_file.read_text()
+    assert text.replace(f"  vllm-fleet:api-keys:\n    team-a: sha256:{HASH}\n", "") == WRITTEN
+    assert load_stack_file(stack_file).api_keys == {"team-a": HASH}
+    assert load_stack_file(stack_file).findings == ()
+    assert stack_file.stat().st_mode & 0o777 == 0o640
+    assert [file.name for file in stack_file.parent.iterdir()] == [stack_file.name]
+
+
+def test_keys_are_removed_again_to_the_last_byte(stack_file: Path) -> None:
+    for name in ("team-a", "team-b"):
+        add_key(stack_file, name, HASH)
+    for name in ("team-a", "team-b"):
+        remove_key(stack_file, name)
+    assert stack_file.read_text() == WRITTEN
+
+
+@pytest.mark.parametrize("name", ["", "Team A", "-x", "sk/x", "x" * 41, "a\nb"])
+def test_names_that_no_key_can_have(stack_file: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be a name"):
+        add_key(stack_file, name, HASH)
+    assert stack_file.read_text() == WRITTEN
+
+
+def test_a_name_is_taken_once(stack_file: Path) -> None:
+    add_key(stack_file, "team-a", HASH)
+    with pytest.raises(ConfigError, match=r"api-keys\.team-a: is there already"):
+        add_key(stack_file, "team-a", "cd" * 32)
+    assert load_stack_file(stack_file).api_keys == {"team-a": HASH}
+
+
+def test_a_key_that_is_not_there_cannot_be_removed(stack_file: Path) -> None:
+    add_key(stack_file, "team-a", HASH)
+    with pytest.raises(ConfigError, match=r"did you mean `team-a`\?"):
+        remove_key(stack_file, "taem-a")
+    remove_key(stack_file, "team-a")
+    with pytest.raises(ConfigError, match="`fleet keys list`"):
+        remove_key(stack_file, "team-a")
+
+
+def test_a_folder_that_cannot_be_written_is_a_finding(stack_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
+        add_key(stack_file, "team-a", HASH)
+    assert stack_file.read_text() == WRITTEN
+    assert [file.name for file in stack_file.parent.iterdir()] == [stack_file.name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,19 +20,22 @@ ALL = ("agent", "gateway", "prometheus", "alertmanager")
 
 
 @pytest.fixture(autouse=True)
-def _fleet_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLEET_DIR", str(tmp_path / "fleet"))
-    monkeypatch.delenv("PULUMI_STACK", raising=False)
-    monkeypatch.delenv("COLUMNS", raising=False)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """A clock that moves only when someone sleeps: rates come out exact, and nothing waits."""
     clock = SimpleNamespace(now=100.0)
 
     def sleep(seconds: float) -> None:
         clock.now += seconds
 
-    # A clock that moves only when someone sleeps: rates come out exact, and nothing waits.
-    still = SimpleNamespace(sleep=sleep, monotonic=lambda: clock.now)
-    monkeypatch.setattr(status, "time", still)
-    monkeypatch.setattr(drain, "time", still)
+    clock.sleep, clock.monotonic = sleep, lambda: clock.now
+    monkeypatch.setattr(status, "time", clock)
+    monkeypatch.setattr(drain, "time", clock)
+    monkeypatch.delenv("PULUMI_STACK", raising=False)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    # Not pytest's own folder: its path may be too long for a socket.
+    with tempfile.TemporaryDirectory(prefix="fleet-") as folder:
+        monkeypatch.setenv("FLEET_DIR", folder)
+        yield clock
 
 
 @pytest.fixture
@@ -59,7 +63,7 @@ def test_all_is_well(fleet: Deployment) -> None:
     row = next(line for line in output.splitlines() if line.startswith("chat-1")).split()
     assert row == ["chat-1", "chat", "ready", "62", "s", "in", "rotation", "0", "0.0", "small", "bf16", "b" * 12, "1"]
     assert "2 of 2 engines in rotation" in output
-    assert str(fleet.plan.gateway.port) not in output, "the statistics are asked, not the clients' port"
+    assert f"{fleet.plan.gateway.port}  2 of 2" in output, "the port that is shown is the clients'"
 
 
 def test_ports_are_read_from_what_is_deployed(fleet: Deployment) -> None:
@@ -105,10 +109,13 @@ def test_a_ready_engine_that_the_gateway_leaves_out_is_a_problem(fleet: Deployme
     assert found["problems"] == ["chat-2 is ready, and the gateway sends it nothing"]
 
 
-def test_a_gateway_that_lags_behind_is_asked_again(fleet: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gateway_that_lags_behind_is_asked_again(fleet: Deployment, clock: SimpleNamespace) -> None:
+    def sleep(seconds: float) -> None:
+        clock.now += seconds
+        fleet.servers["chat-2"] = "UP"
+
+    clock.sleep = sleep
     fleet.servers["chat-2"] = "DOWN"
-    monkeypatch.setattr(status.time, "sleep", lambda _: fleet.servers.update({"chat-2": "UP"}))
-    monkeypatch.setattr(status.time, "monotonic", iter(range(100)).__next__)
     assert as_json()[0] == 0
 
 
@@ -169,20 +176,20 @@ def test_the_stack_is_named_by_option_or_environment(fleet: Deployment, monkeypa
     assert "letters, digits" in error
 
 
-def test_watch_goes_on_until_it_is_interrupted(fleet: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watch_goes_on_until_it_is_interrupted(fleet: Deployment, clock: SimpleNamespace) -> None:
     fleet.rows["chat-1"]["in_flight"] = 1
     fleet.tokens = 10
-    clock = SimpleNamespace(now=0.0, sleeps=0)
+    sleeps = iter((1, 2, 3))
 
     def sleep(seconds: float) -> None:
         clock.now += seconds
-        clock.sleeps += 1
-        if clock.sleeps == 2:
+        count = next(sleeps)
+        if count == 2:
             fleet.rows["chat-2"]["state"] = "silent"
-        if clock.sleeps == 3:
+        if count == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(status, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: clock.now))
+    clock.sleep = sleep
     code, output, _ = run("status", "--watch", "--json")
     looks = [json.loads(line) for line in output.splitlines() if line]
     assert [look["ok"] for look in looks] == [True, True, False]
@@ -190,9 +197,9 @@ def test_watch_goes_on_until_it_is_interrupted(fleet: Deployment, monkeypatch: p
     assert code == 1, "as the last look"
 
 
-def test_watch_ends_when_the_stack_is_destroyed(fleet: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watch_ends_when_the_stack_is_destroyed(fleet: Deployment, clock: SimpleNamespace) -> None:
     root = fleet.machine("engine").root.parent
-    monkeypatch.setattr(status.time, "sleep", lambda _: shutil.rmtree(root))
+    clock.sleep = lambda _: shutil.rmtree(root)
     code, output, error = run("status", "--watch")
     assert code == 2
     assert "chat-1" in output
@@ -271,17 +278,16 @@ def test_drains_that_cannot_be(fleet: Deployment) -> None:
 
 
 @pytest.mark.parametrize(("state", "words"), [("loading", "it was restarted"), ("ready", "someone else ended")])
-def test_a_drain_that_ends_otherwise(
-    fleet: Deployment, monkeypatch: pytest.MonkeyPatch, state: str, words: str
-) -> None:
+def test_a_drain_that_ends_otherwise(fleet: Deployment, clock: SimpleNamespace, state: str, words: str) -> None:
     fleet.rows["chat-1"]["in_flight"] = 5
-    monkeypatch.setattr(drain.time, "sleep", lambda _: fleet.rows["chat-1"].update(state=state))
+    clock.sleep = lambda _: fleet.rows["chat-1"].update(state=state)
     code, _, error = run("drain", "chat-1")
     assert code == 1
     assert words in error
 
 
-def test_a_drain_that_takes_too_long(fleet: Deployment) -> None:
+def test_a_drain_that_takes_too_long(fleet: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drain, "POLL_S", 60.0)
     fleet.rows["chat-1"]["in_flight"] = 5
     code, _, error = run("drain", "chat-1")
     assert code == 1

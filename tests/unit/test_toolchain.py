@@ -304,6 +304,7 @@ class Recorder:
         self.commands: list[str] = []
         self.said: list[str] = []
         self.failing = failing
+        self.stopping = False
 
     def run(self, command: list[Any], **_: Any) -> str:
         self.commands.append(" ".join(map(str, command)))
@@ -410,3 +411,32 @@ def test_caches_of_go_stay_as_long_as_anything_builds(shared: Path) -> None:
         assert objects.exists()
     sources.drop_go_caches()
     assert not objects.exists()
+
+
+def test_stopping_ends_what_runs_and_begins_nothing_new(shared: Path, tmp_path: Path) -> None:
+    """Ctrl-C must not be taken for a source that failed, and the next one be tried."""
+    started = tmp_path / "started"
+    os.mkfifo(started)
+    slow = command(tmp_path / "slow", "uv", "")
+    slow.write_text(f"#!/bin/sh\necho >{started}\nexec sleep 600\n", encoding="utf-8")
+    wheel = Wheel(kind="wheel", requirements="haproxy.txt", folder="bin")
+    screen, text = quiet_screen()
+    errors: list[Exception] = []
+
+    def work() -> None:
+        try:
+            install._tool(tool(sources=[wheel, wheel]), screen)
+        except install.ToolError as error:
+            errors.append(error)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(places, "uv", lambda: str(slow))
+        thread = threading.Thread(target=work)
+        thread.start()
+        started.read_text(encoding="utf-8")  # the first source is at work
+        screen.stop()
+        thread.join(timeout=60)
+    assert not thread.is_alive()
+    assert errors
+    assert text.getvalue().count("trying") == 1
+    assert not list((shared / "toolchain").glob("*thing*/*"))

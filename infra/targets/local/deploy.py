@@ -48,7 +48,7 @@ def deploy(plan: FleetPlan, lock: WeightsLock) -> None:
 
     # Gateways first learn, then nodes move: an engine's port is in the gateway before the engine is there.
     balancer = machine(gateway(plan, layout(plan, lock, "gateway")), [])
-    machine(monitor(plan, layout(plan, lock, "monitor")), [])
+    machine(monitor(plan, layout(plan, lock, "monitor")), [*weights])
     machine(engine_node(plan, layout(plan, lock, "engine")), [*weights, balancer])
     _outputs(plan)
 
