@@ -1,0 +1,84 @@
+"""The whole Pulumi graph on mocks: which resources there are, and what waits for what."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pulumi
+import pytest
+from pulumi.runtime import mocks
+
+from infra import program
+from infra.findings import ConfigError
+from infra.targets.local import host, tools
+
+CONFIG = {
+    "vllm-fleet:target": "local",
+    "vllm-fleet:models": json.dumps({"chat": {"weights": "smollm2-135m-instruct"}}),
+}
+
+
+class Recorder(mocks.Mocks):
+    """Takes note of every resource."""
+
+    def __init__(self) -> None:
+        self.resources: dict[str, mocks.MockResourceArgs] = {}
+
+    def new_resource(self, args: mocks.MockResourceArgs) -> tuple[str | None, dict[Any, Any]]:
+        self.resources[args.name] = args
+        return args.name, dict(args.inputs)
+
+    def call(self, args: mocks.MockCallArgs) -> tuple[dict[Any, Any], list[tuple[str, str]] | None]:
+        raise AssertionError(f"nothing is looked up: {args.token}")
+
+
+def deploy(monkeypatch: pytest.MonkeyPatch, folder: Path, config: dict[str, str]) -> Recorder:
+    """Run the program as Pulumi would, on a machine that has every tool."""
+    found = tools.Tools(Path("/bin/haproxy"), Path("/bin/prometheus"), (), Path("/bin/alertmanager"), None)
+    monkeypatch.setattr(tools, "find", lambda: found)
+    monkeypatch.setattr(tools, "missing", lambda _plan: [])
+    monkeypatch.setattr(host, "taken_ports", lambda _stack, _ports: [])
+    monkeypatch.setenv("FLEET_DIR", str(folder))
+    monkeypatch.setenv("PULUMI_CONFIG", json.dumps(config))
+    recorder = Recorder()
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    try:
+        pulumi.runtime.set_mocks(recorder, project="vllm-fleet", stack="local")
+        pulumi.runtime.test(lambda: program.run("local"))()
+    finally:
+        asyncio.set_event_loop(None)
+        loop.close()
+    return recorder
+
+
+def test_one_resource_a_role_however_many_engines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    few = deploy(monkeypatch, tmp_path, CONFIG)
+    models = {"chat": {"weights": "smollm2-135m-instruct", "engines": 1}}
+    fewer = deploy(monkeypatch, tmp_path, {**CONFIG, "vllm-fleet:models": json.dumps(models)})
+
+    expected = {"host", "weights-smollm2-135m-instruct", "gateway", "monitor", "engine"}
+    assert expected <= few.resources.keys()
+    assert few.resources.keys() == fewer.resources.keys()
+
+
+def test_a_machine_carries_its_whole_bundle_and_no_secret(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    resources = deploy(monkeypatch, tmp_path, CONFIG).resources
+    key = host.default_key_file("local").read_text().strip()
+
+    for role in ("gateway", "monitor", "engine"):
+        inputs = resources[role].inputs
+        assert {"manifest.json"} < inputs["files"].keys()
+        assert len(inputs["digest"]) == 64
+        assert key not in json.dumps(inputs)
+
+
+@pytest.mark.parametrize("target", ["aws", "kubernetes"])
+def test_targets_to_come_say_so_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, target: str) -> None:
+    monkeypatch.setenv("FLEET_DIR", str(tmp_path))
+    monkeypatch.setenv("PULUMI_CONFIG", json.dumps({**CONFIG, "vllm-fleet:target": target}))
+    with pytest.raises(ConfigError, match=f"{target}.*not available yet"):
+        program.run("local")
