@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -29,13 +29,11 @@ PORTS = 100
 IN_TIME_S = 300
 
 
-_STEPS = itertools.count()
-
-
 def free_range() -> int:
-    """The first of 100 ports of which none is taken, never the same twice, somewhere else for each process."""
-    for step in itertools.islice(_STEPS, PORTS):
-        base = 20000 + (os.getpid() * PORTS + step * PORTS) % 12000
+    """The first of 100 ports of which none is taken now; chosen by lot, so that two runs at once rarely meet."""
+    bases = list(range(20000, 32000, PORTS))
+    random.SystemRandom().shuffle(bases)
+    for base in bases:
         with contextlib.ExitStack() as stack:
             try:
                 for port in range(base, base + PORTS):

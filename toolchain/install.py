@@ -49,12 +49,12 @@ def install_all(purpose: str, only: Sequence[str] | None) -> int:
             screen.stop()
             screen.say("", "stopped; what is complete is kept")
             return INTERRUPTED
+        if not problems:
+            sources.drop_go_caches(screen)
     for name, error in problems.items():
         if not isinstance(error, (ToolError, EngineError)):
             raise error
         screen.console.print(f"\n{name} is missing. {error}", style="red", markup=False)
-    if not problems:
-        sources.drop_go_caches()
     return 1 if problems else 0
 
 

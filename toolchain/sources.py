@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from infra.paths import shared_dir, toolchain_dir
 from toolchain import fetch, places
 from toolchain.catalogue import Deb, GoBuild, Release, Source, Tool, Wheel, catalogue, look
-from toolchain.progress import CommandError, Step
+from toolchain.progress import CommandError, Screen, Step
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -232,11 +232,14 @@ def _go_build(tool: Tool, source: GoBuild, folder: Path, step: Step) -> None:
     shutil.rmtree(work)
 
 
-def drop_go_caches() -> None:
-    """Sources and objects of finished builds: gigabytes that nothing needs again. A user's own caches are elsewhere."""
-    with suppress(BlockingIOError), places.one_at_a_time(GO_CACHES, LOCK_EX | LOCK_NB):
-        for name in ("go", "go-build"):
-            shutil.rmtree(shared_dir() / "cache" / name, ignore_errors=True)
+def drop_go_caches(screen: Screen) -> None:
+    """Remove sources and objects of finished builds: gigabytes that nothing needs again. A user's own are elsewhere."""
+    caches = [folder for name in ("go", "go-build") if (folder := shared_dir() / "cache" / name).exists()]
+    if not caches:
+        return
+    with suppress(BlockingIOError), places.one_at_a_time(GO_CACHES, LOCK_EX | LOCK_NB), screen.step("go") as step:
+        step.status("removing what the builds left")
+        step.run(["rm", "-rf", *caches])
 
 
 def add_language_host(folder: Path, sdk: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from infra import program
 from infra.findings import ConfigError
 from infra.targets.local import host, tools
 
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 CONFIG = {
     "vllm-fleet:target": "local",
     "vllm-fleet:models": json.dumps({"chat": {"weights": "smollm2-135m-instruct"}}),
@@ -48,10 +50,12 @@ def deploy(monkeypatch: pytest.MonkeyPatch, folder: Path, config: dict[str, str]
     asyncio.set_event_loop(loop)
     try:
         pulumi.runtime.set_mocks(recorder, project="vllm-fleet", stack="local")
-        pulumi.runtime.test(lambda: program.run("local"))()
+        until_settled: Any = pulumi.runtime.test
+        until_settled(lambda: program.run("local"))()
     finally:
         asyncio.set_event_loop(None)
         loop.close()
+        gc.collect()  # the SDK leaves its event loops open: their warnings belong to this test, and are ignored here
     return recorder
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,13 +15,12 @@ from urllib.parse import parse_qs, urlsplit
 from fleet_agent.machine import Machine
 
 from infra.paths import machine_dir
-from infra.plan.model import FleetPlan
+from infra.plan.model import AgentPlan, FleetPlan
 from infra.render.bundle import Layout
 from infra.render.engine import engine_node
 from infra.render.gateway import gateway
 from infra.render.monitor import monitor
 from infra.weights.cache import Place
-from tests.fleets import free_range
 from tests.unit.inputs import plan
 
 HEADER = "# pxname,svname,qcur,qmax,scur,smax,slim,stot,status,weight"
@@ -93,7 +92,32 @@ class Deployment:
 @contextmanager
 def deployment(tmp_path: Path, *up: str) -> Iterator[Deployment]:
     """The stack's folders; of its servers those that are named run: agent, gateway, prometheus, alertmanager."""
-    planned = plan(local={"base-port": free_range()})
+    with ExitStack() as stack:
+        servers = {name: stack.enter_context(_Server()) for name in ("agent", "gateway", "prometheus", "alertmanager")}
+        planned = _with_ports(plan(), {name: server.server_port for name, server in servers.items()})
+        deployed = Deployment(planned)
+        _write(tmp_path, planned)
+        servers["agent"].answer = deployed.agent
+        servers["gateway"].answer = deployed.statistics
+        servers["prometheus"].answer = servers["alertmanager"].answer = deployed.monitor
+        for name in up:
+            stack.enter_context(servers[name].running())
+        yield deployed
+
+
+def _with_ports(planned: FleetPlan, ports: dict[str, int]) -> FleetPlan:
+    """The same plan with servers elsewhere: on ports that the system chose, of which a stack file can name none."""
+    monitoring = {"prometheus_port": ports["prometheus"], "alertmanager_port": ports["alertmanager"]}
+    changes = {
+        "agent": AgentPlan(port=ports["agent"]),
+        "gateway": planned.gateway.model_copy(update={"stats_port": ports["gateway"]}),
+        "monitor": planned.monitor.model_copy(update=monitoring),
+    }
+    return planned.model_copy(update=changes)
+
+
+def _write(tmp_path: Path, planned: FleetPlan) -> None:
+    """What `pulumi up` leaves in the machines' folders, and logs."""
     layout = Layout(
         root=tmp_path,
         python=Path("/usr/bin/python3"),
@@ -111,39 +135,39 @@ def deployment(tmp_path: Path, *up: str) -> Iterator[Deployment]:
             (machine.log / f"{program.name}.log").write_text(
                 "".join(f"{program.name} line {number}\n" for number in range(1, 101))
             )
-    deployed = Deployment(planned)
-    servers = {
-        "agent": (planned.agent.port, deployed.agent),
-        "gateway": (planned.gateway.stats_port, deployed.statistics),
-        "prometheus": (planned.monitor.prometheus_port, deployed.monitor),
-        "alertmanager": (planned.monitor.alertmanager_port, deployed.monitor),
-    }
-    with ExitStack() as stack:
-        for name in up:
-            stack.enter_context(_serving(*servers[name]))
-        yield deployed
 
 
-@contextmanager
-def _serving(port: int, answer: Any) -> Iterator[None]:
-    class Handler(BaseHTTPRequestHandler):
-        def _answer(self) -> None:
-            status, text = answer(self.command, self.path)
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text.encode())
+class _Server(ThreadingHTTPServer):
+    """Holds its port from the beginning, and refuses connections until it runs."""
 
-        do_GET = do_POST = _answer  # noqa: N815 - the standard library's names
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler, bind_and_activate=False)
+        self.server_bind()
+        self.answer: Callable[[str, str], Answer] = lambda _method, _url: (500, "")
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        self.server_activate()
+        thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
             yield
         finally:
-            server.shutdown()
+            self.shutdown()
             thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+
+    def _answer(self) -> None:
+        status, text = self.server.answer(self.command, self.path)
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    do_GET = do_POST = _answer  # noqa: N815 - the standard library's names
+
+    def log_message(self, *_: Any) -> None:
+        pass

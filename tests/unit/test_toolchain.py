@@ -406,10 +406,11 @@ def test_a_wheels_program_is_linked_to_where_its_libraries_are(tmp_path: Path) -
 def test_caches_of_go_stay_as_long_as_anything_builds(shared: Path) -> None:
     objects = shared / "cache" / "go-build" / "object"
     objects.mkdir(parents=True)
+    screen, _ = quiet_screen()
     with places.one_at_a_time(sources.GO_CACHES, fcntl.LOCK_SH):
-        sources.drop_go_caches()
+        sources.drop_go_caches(screen)
         assert objects.exists()
-    sources.drop_go_caches()
+    sources.drop_go_caches(screen)
     assert not objects.exists()
 
 
