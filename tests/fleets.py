@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from fleet_agent.machine import Machine
 from fleet_agent.supervise import Supervisor, machine_processes, wait_for
@@ -60,7 +61,7 @@ class Fleet:
         self.stack_file = self.project / "stacks" / f"Pulumi.{self.stack}.yaml"
         (self.folder / "state").mkdir(parents=True, exist_ok=True)
         self.stack_file.parent.mkdir(parents=True, exist_ok=True)
-        for name in ("Pulumi.yaml", "__main__.py", "infra", "nodeconfig", "runbooks", ".venv"):
+        for name in ("Pulumi.yaml", "__main__.py", "infra", "nodeconfig", "runbooks", "toolchain", ".venv"):
             (self.project / name).symlink_to(ROOT / name)
 
     @property
@@ -201,6 +202,10 @@ class Fleet:
         for role in ROLES:
             if self.machine(role).root.is_dir():
                 self.supervisor(role).halt(60, print)
+        for process in psutil.process_iter():  # plugins of a pulumi that was killed: they do not notice
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("FLEET_DIR") == str(self.folder):
+                    process.kill()
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 
+from infra.paths import stacks_dir
 from toolchain.catalogue import catalogue
 from toolchain.engines import ENGINES
 
@@ -25,7 +26,7 @@ def main() -> int:
         choices=[*catalogue(), *ENGINES],
         help="just this one; can be repeated. quantize is never installed unasked",
     )
-    heal = commands.add_parser("heal", help="remove the locks, and end the plugins, that killed pulumi processes left")
+    heal = commands.add_parser("heal", help="clear away what stops the next pulumi")
     heal.add_argument("--stack", default="local")
     arguments = parser.parse_args()
     if arguments.command == "install":
@@ -36,7 +37,8 @@ def main() -> int:
         return install_all(arguments.purpose, arguments.only)
     from toolchain.heal import heal as heal_stack  # noqa: PLC0415 - not needed to install
 
-    for sentence in heal_stack(os.environ.get("PULUMI_BACKEND_URL", ""), arguments.stack):
+    config = stacks_dir() / f"Pulumi.{arguments.stack}.yaml"
+    for sentence in heal_stack(os.environ.get("PULUMI_BACKEND_URL", ""), arguments.stack, config):
         print(sentence, file=sys.stderr)  # noqa: T201
     return 0
 

@@ -1,8 +1,10 @@
-"""What a killed `pulumi` leaves behind: its lock, which stops the next one, and plugins that work on without it."""
+"""What stops the next `pulumi`: the lock of a killed one, plugins that work on without it, the salt of a gone stack."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,17 +16,21 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 END_S = 5
+_SALT = re.compile(r"^encryptionsalt: *(?P<salt>\S*).*\n?", re.MULTILINE)
+_SECRET = re.compile(r"\bsecure:")
 PLUGIN_MARKS = ("pulumi.dynamic", "pulumi-resource-", "pulumi-language-", "language_host.py")
 
 
-def heal(backend: str, stack: str) -> Iterator[str]:
+def heal(backend: str, stack: str, config: Path) -> Iterator[str]:
     """End what dead `pulumi` processes of this backend have left at work, then remove their locks of one stack.
 
-    Live processes keep their locks and plugins.
+    Live processes keep their locks and plugins. A salt in the stack's file that is not the state's goes, too: it is of
+    a passphrase that is gone, or of another FLEET_DIR's, and Pulumi would refuse ours. It makes a new one.
 
     Args:
         backend: PULUMI_BACKEND_URL. Only `file://` has locks that can be judged: others are left alone.
         stack: the stack's name, without project.
+        config: the stack's file.
 
     Yields:
         A sentence for each thing done, and for each lock that is held.
@@ -40,8 +46,25 @@ def heal(backend: str, stack: str) -> Iterator[str]:
         process.kill()
     if orphans:
         yield f"ended {len(orphans)} plugin processes that a killed pulumi left at work"
-    for file in sorted(Path(unquote(url.path), ".pulumi", "locks", "organization").glob(f"*/{stack}/*.json")):
+    state = Path(unquote(url.path), ".pulumi")
+    for file in sorted((state / "locks" / "organization").glob(f"*/{stack}/*.json")):
         yield from _judge(file, stack)
+    yield from _forget_salt(
+        config, [file.read_text(encoding="utf-8") for file in (state / "stacks").glob(f"*/{stack}.json")]
+    )
+
+
+def _forget_salt(config: Path, states: list[str]) -> Iterator[str]:
+    try:
+        text = config.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return
+    salt = _SALT.search(text)
+    if salt and not _SECRET.search(text) and not any(salt["salt"] in state for state in states):
+        partial = config.with_name(f".{config.name}.{os.getpid()}")
+        partial.write_text(_SALT.sub("", text), encoding="utf-8")
+        partial.replace(config)
+        yield f"removed a stale encryption salt from {config.name}; nothing in it is encrypted"
 
 
 def _judge(lock: Path, stack: str) -> Iterator[str]:

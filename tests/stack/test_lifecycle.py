@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def kill_group(process: subprocess.Popen[str]) -> None:
 
 def unlock(fleet: Fleet) -> None:
     """What `make up` and `make down` do first: a run that was killed leaves its lock behind."""
-    fleet.run("pulumi", "cancel", "--yes", "--stack", fleet.stack)
+    fleet.run(sys.executable, "-m", "toolchain", "heal", "--stack", fleet.stack)
 
 
 def test_up_again_changes_nothing_and_destroy_leaves_nothing(fleet: Fleet) -> None:

@@ -194,7 +194,7 @@ def test_a_killed_pulumi_leaves_a_lock_and_plugins_that_are_healed(project: Proj
     pulumi = psutil.Process(json.loads(lock.read_text(encoding="utf-8"))["pid"])
     plugins = pulumi.children(recursive=True)
     assert plugins
-    [sentence] = heal(project.backend, "test")
+    [sentence] = heal(project.backend, "test", project.folder / "Pulumi.test.yaml")
     assert "is being changed" in sentence
     assert lock.exists(), "a live process keeps its lock"
     assert all(plugin.is_running() for plugin in plugins), "and its plugins"
@@ -203,7 +203,7 @@ def test_a_killed_pulumi_leaves_a_lock_and_plugins_that_are_healed(project: Proj
     running.wait(timeout=60)
     assert "locked" in project.pulumi("up", "--yes", "--skip-preview", fails=True)
 
-    first, second = heal(project.backend, "test")
+    first, second = heal(project.backend, "test", project.folder / "Pulumi.test.yaml")
     assert "plugin processes" in first
     assert f"process {pulumi.pid}, which died" in second
     running.communicate(timeout=60)  # ends when no process of that run holds its output any more
@@ -211,6 +211,41 @@ def test_a_killed_pulumi_leaves_a_lock_and_plugins_that_are_healed(project: Proj
     project.pulumi("up", "--yes", "--skip-preview")
     assert project.file.read_text(encoding="utf-8") == "one"
     project.pulumi("destroy", "--yes", "--skip-preview")
+
+
+NO_FILE = Path("/nonexistent/Pulumi.test.yaml")
+
+
+def without_salt(text: str) -> str:
+    return "".join(line for line in text.splitlines(keepends=True) if not line.startswith("encryptionsalt:"))
+
+
+def test_a_stack_can_be_made_again_after_its_state_and_passphrase_are_gone(project: Project) -> None:
+    config = project.folder / "Pulumi.test.yaml"
+    project.pulumi("up", "--yes", "--skip-preview")
+    before = config.read_text(encoding="utf-8")
+    assert not list(heal(project.backend, "test", config)), "the salt of a stack that is up stays"
+    fleet = project.folder / "fleet"
+    aside = fleet.rename(project.folder / "aside")
+    assert "incorrect passphrase" in project.pulumi("stack", "select", "--create", "test", fails=True)
+    [sentence] = heal(project.backend, "test", config)
+    assert "stale encryption salt" in sentence
+    assert config.read_text(encoding="utf-8") == without_salt(before)
+    project.pulumi("stack", "select", "--create", "test")
+    # And back: the first state, with a file that now has the second one's salt.
+    shutil.rmtree(fleet)
+    aside.rename(fleet)
+    assert "incorrect passphrase" in project.pulumi("preview", fails=True)
+    assert list(heal(project.backend, "test", config))
+    project.pulumi("up", "--yes", "--skip-preview", "--expect-no-changes")
+
+
+def test_a_salt_that_secrets_are_encrypted_with_stays(tmp_path: Path) -> None:
+    config = tmp_path / "Pulumi.test.yaml"
+    text = "config:\n  small:key:\n    secure: v1:abc\nencryptionsalt: v1:def\n"
+    config.write_text(text, encoding="utf-8")
+    assert not list(heal(f"file://{tmp_path}", "test", config))
+    assert config.read_text(encoding="utf-8") == text
 
 
 def lock_file(folder: Path, text: str) -> Path:
@@ -232,30 +267,30 @@ def lock_text(pid: int, host: str) -> str:
 
 def test_a_dead_process_loses_its_lock(tmp_path: Path) -> None:
     lock = lock_file(tmp_path, lock_text(dead_pid(), socket.gethostname()))
-    assert "removed the lock" in "".join(heal(f"file://{tmp_path}", "test"))
+    assert "removed the lock" in "".join(heal(f"file://{tmp_path}", "test", NO_FILE))
     assert not lock.exists()
 
 
 def test_a_number_that_another_program_has_now_is_no_pulumi(tmp_path: Path) -> None:
     lock = lock_file(tmp_path, lock_text(os.getpid(), socket.gethostname()))
-    assert "removed the lock" in "".join(heal(f"file://{tmp_path}", "test"))
+    assert "removed the lock" in "".join(heal(f"file://{tmp_path}", "test", NO_FILE))
     assert not lock.exists()
 
 
 def test_another_hosts_lock_is_left_alone(tmp_path: Path) -> None:
     lock = lock_file(tmp_path, lock_text(dead_pid(), "another-host"))
-    assert "on another-host" in "".join(heal(f"file://{tmp_path}", "test"))
+    assert "on another-host" in "".join(heal(f"file://{tmp_path}", "test", NO_FILE))
     assert lock.exists()
 
 
 def test_a_half_written_lock_is_removed_and_other_stacks_are_not_looked_at(tmp_path: Path) -> None:
     lock = lock_file(tmp_path, '{"pid": 12')
-    assert not list(heal(f"file://{tmp_path}", "production"))
+    assert not list(heal(f"file://{tmp_path}", "production", NO_FILE))
     assert lock.exists()
-    assert "not completely written" in "".join(heal(f"file://{tmp_path}", "test"))
+    assert "not completely written" in "".join(heal(f"file://{tmp_path}", "test", NO_FILE))
     assert not lock.exists()
 
 
 def test_remote_backends_are_left_alone() -> None:
-    assert not list(heal("s3://bucket/state", "test"))
-    assert not list(heal("", "test"))
+    assert not list(heal("s3://bucket/state", "test", NO_FILE))
+    assert not list(heal("", "test", NO_FILE))
