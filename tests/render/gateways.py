@@ -117,7 +117,11 @@ class Gateway:
         (self.root / "run/haproxy.state").write_text(self.states_to_keep())
         assert self.process
         self.process.send_signal(signal.SIGUSR2)
-        until("a new worker answers", lambda: self.worker() not in {"", before})
+        try:
+            until("a new worker answers", lambda: self.worker() not in {"", before})
+        except AssertionError:
+            print(before, self.worker(), self.process.pid, self.log_text(), subprocess.run(["ps","-ef"],capture_output=True,text=True).stdout)
+            raise
 
     def states_to_keep(self) -> str:
         """The running worker's states, for servers that the new bundle has at the same address; else down."""

@@ -222,6 +222,7 @@ class TestLoad:
     def test_an_engine_gets_no_more_than_its_share(self, start_fleet: StartFleet, pool: ThreadPoolExecutor) -> None:
         fleet = start_fleet(gateway={"server_maxconn": (("chat", 3),)})
         asked = [pool.submit(fleet.ask, do="hold") for _ in range(10)]
+        until("the engines are full", lambda: [engine.open for engine in fleet.engines.values()] == [3, 3])
         until("the rest waits", lambda: fleet.gateway.queued("chat") == 4)
         release(fleet, asked)
         assert [engine.most_open for engine in fleet.engines.values()] == [3, 3]
