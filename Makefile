@@ -16,7 +16,7 @@ setup: ## install what is missing: .venv, pulumi, haproxy, prometheus, alertmana
 up: setup ## bring the fleet up on this machine, or up to date: pulumi up
 	@$(RUN) python -m toolchain heal --stack $(STACK)
 	@$(RUN) pulumi stack select --create $(STACK)
-	@$(RUN) pulumi up --yes --skip-preview --stack $(STACK)
+	@$(RUN) pulumi up --yes --skip-preview --show-full-output --stack $(STACK)
 
 down: ## destroy it: nothing is left running
 	@toolchain/down $(STACK)

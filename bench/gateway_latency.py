@@ -23,7 +23,7 @@ from infra.targets.local.host import default_key_file
 
 LIMIT_MS = 1.0
 CLUMPS = 0.05
-TOKENS = 24
+TOKENS = 8
 
 
 def stream(port: int, model: str, key: str, number: int) -> list[float]:
@@ -73,8 +73,8 @@ def main() -> int:
         through: list[list[float]] = []
         for number in range(args.pairs):
             ways = [(engines[0]["port"], direct), (gateway, through)]
-            for port, runs in ways if number % 2 else reversed(ways):
-                runs.append(stream(port, model, key, number))
+            for place, (port, runs) in enumerate(ways if number % 2 else reversed(ways)):
+                runs.append(stream(port, model, key, 2 * number + place))  # no prompt twice: nothing comes from a cache
     finally:
         for other in engines[1:]:
             urllib.request.urlopen(
