@@ -30,12 +30,14 @@ def test_a_killed_engine_takes_only_its_own_requests_along(fleet: Fleet, victim:
     family = psutil.Process(pid).children(recursive=True)
     with load(fleet, CLIENTS, at_least=60) as result:
         fleet.until("both engines work", lambda: all(row["running"] for row in fleet.engines().values()))
-        in_flight = CLIENTS  # at most: all of them may have been there
+        # All clients may have been there. A server whose worker died answers 500 until the agent has ended it: in that
+        # twentieth of a second a client may meet it once more.
+        most = CLIENTS if victim == "server" else 2 * CLIENTS
         os.kill(pid if victim == "server" else family[-1].pid, signal.SIGKILL)
         watch_out(fleet, "chat-1")
         fleet.until("it is back by itself", lambda: "chat-1" in fleet.in_rotation())
 
-    assert len(result.failures) <= in_flight, result.failures
+    assert len(result.failures) <= most, result.failures
     assert fleet.engines()["chat-1"]["pid"] not in (pid, None)
     left = [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     assert left == [], "what the killed engine left behind is gone"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,15 @@ def root() -> Iterator[Path]:
 
 
 @pytest.fixture
-def start_fleet(loop: Loop, ports: Ports, root: Path) -> Iterator[StartFleet]:
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(32) as pool:
+        yield pool
+
+
+@pytest.fixture
+def start_fleet(loop: Loop, ports: Ports, root: Path, pool: ThreadPoolExecutor) -> Iterator[StartFleet]:
     """Start a fleet; its engines are ready unless told otherwise."""
+    del pool  # it must outlive the fleet: with the engines, what waits for them ends
     started: list[Fleet] = []
 
     def start(models: Sequence[str] = ("chat",), engines: int = 2, *, ready: bool = True, **plan: Any) -> Fleet:

@@ -213,9 +213,8 @@ def test_clients_cannot_speak_for_the_gateway(fleet: Fleet) -> None:
         "X-Forwarded-For": "1.2.3.4",
         "X-Forwarded-Proto": "https",
         "Forwarded": "for=1.2.3.4",
-        "Upgrade": "h2c",
-        "Connection": "Upgrade, HTTP2-Settings",
-        "HTTP2-Settings": "AAMAAABkAAQAAP__",
+        "Upgrade": "irc/6.9",
+        "Connection": "Upgrade",
     }
     assert fleet.ask(headers=spoofed).status_code == 200
     (request,) = (request for engine in fleet.engines.values() for request in engine.seen)
@@ -273,6 +272,7 @@ class TestLog:
             "x" * 3000,
             "\xc3" * 3000,
             "😀" * 300,
+            "\x01" * 300,  # six characters each once escaped
         ]
         for text in nasty:
             encoded = text.encode("utf-8", "surrogateescape")

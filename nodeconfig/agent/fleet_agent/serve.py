@@ -39,6 +39,10 @@ from fleet_agent.supervise import LIVE, Supervisor
 LOOK_S = 0.5
 """How often the process manager and the slots are looked at."""
 SAMPLE_S = 0.5
+GUARD_S = 0.05
+"""How often it is looked whether all of an engine's own processes live."""
+OWN_PROCESS = "VLLM::"
+"""How vLLM names the processes that it cannot do without; it starts passing ones, too."""
 RETRY_S = 1.0
 log = logging.getLogger("fleet_agent")
 
@@ -75,6 +79,7 @@ class Agent:
         self.engines: dict[str, Engine] = {}
         self.tasks: dict[str, list[asyncio.Task[None]]] = {}
         self.family: dict[str, list[psutil.Process]] = {}
+        self.parts: dict[str, set[psutil.Process]] = {}
         self.http = http
 
     # Watching.
@@ -98,15 +103,38 @@ class Agent:
         for engine in self.engines.values():
             if engine.sees(identities.get(engine.name), now, wall, self.settings["crash_loop_window_s"]):
                 log.info("%s: process %s", engine.name, engine.identity and engine.identity[0])
+                self.parts.pop(engine.name, None)
                 self._remember(engine)
+            elif engine.latched:
+                own = [process for process in self.family.get(engine.name, []) if _is_part(process)]
+                self.parts.setdefault(engine.name, set()).update(own)
             reason = engine.hopeless(now, self.settings["wedged_s"], self.settings["start_s"])
             if reason and engine.identity:
                 engine.wedged += 1
-                engine.last_error = reason
-                log.error("%s: %s: restarting it", engine.name, reason)
                 engine.started = engine.moved = engine.probed_ok = now  # once is enough until the new process is seen
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(engine.identity[0], signal.SIGKILL)
+                self._end(engine, reason)
+
+    def _end(self, engine: Engine, reason: str) -> None:
+        """Kill every process of an engine; the process manager starts it again."""
+        engine.last_error = reason
+        log.error("%s: %s: restarting it", engine.name, reason)
+        if engine.identity:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(engine.identity[0], signal.SIGKILL)
+
+    async def guard(self) -> None:
+        """End an engine of which a part has died, for ever.
+
+        Its server would answer 500 for a second before it gives up; one that is gone is a refused connection, and the
+        gateway sends the request to another engine.
+        """
+        while True:
+            await asyncio.sleep(GUARD_S)
+            for engine in self.engines.values():
+                if any(not _running(process) for process in self.parts.get(engine.name, ())):
+                    self.parts.pop(engine.name)
+                    engine.probed("refused", time.monotonic())
+                    self._end(engine, "one of its processes died")
 
     def _find_engines(self) -> None:
         found = {
@@ -333,6 +361,18 @@ class Agent:
         return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
+def _is_part(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.name().startswith(OWN_PROCESS) and _running(process)
+    return False
+
+
+def _running(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 def _lives(identity: Identity) -> bool:
     with contextlib.suppress(psutil.Error):
         return psutil.Process(identity[0]).create_time() == identity[1]
@@ -425,7 +465,8 @@ async def _work(machine: Machine, settings: dict[str, Any], afresh: Callable[[],
         runner = web.AppRunner(application, access_log=None)
         await runner.setup()
         await web.SockSite(runner, socket.socket(fileno=os.dup(0))).start()
-        watching = asyncio.create_task(agent.watch())
+        watching = [asyncio.create_task(work) for work in (agent.watch(), agent.guard())]
         await ended.wait()
-        watching.cancel()
+        for task in watching:
+            task.cancel()
         await runner.cleanup()
