@@ -255,7 +255,6 @@ class _Build:
         recorded = read_record(self.record)
         if recorded is not None and not self._compare(self.part, recorded):
             return recorded
-        self.record.unlink(missing_ok=True)
         shutil.rmtree(self.part)
         self.part.mkdir()
         base = ensure(str(entry.made_from), self.lock, self.say)

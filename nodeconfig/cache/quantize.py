@@ -28,6 +28,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 SMOOTHING = 0.8
 """How much of the activations' range moves into the weights; the value of llm-compressor's own W8A8 examples."""
+NOT_QUANTISED = "re:.*down_proj"
+"""Nothing can be smoothed into the input of this layer, and some of its values are hundreds of times the rest. On
+SmolLM2-135M most of the error came from there: the KL divergence of answers from the unquantised model is 0.008 without
+it and 0.019 with it, where the model no longer knows the capital of France; all for 16 % of the size."""
 
 
 def end_with_parent() -> None:
@@ -82,7 +86,7 @@ def main() -> None:
         dataset=calibration,
         recipe=[
             SmoothQuantModifier(smoothing_strength=SMOOTHING),
-            GPTQModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"]),
+            GPTQModifier(targets="Linear", scheme="W8A8", ignore=["lm_head", NOT_QUANTISED]),
         ],
         max_seq_length=arguments.tokens,
         num_calibration_samples=len(calibration),

@@ -166,6 +166,7 @@ def test_other_content_than_locked_is_refused(hub: Hub) -> None:
     assert str(fact(hub.files["model.safetensors"])["sha256"]) in finding.problem
     assert finding.fix
     assert lacks_final_folder(lock)
+    assert not (cache._Build("tiny", lock, print).part / "model.safetensors").exists()
 
 
 def test_every_wrong_file_is_named(hub: Hub) -> None:
@@ -316,6 +317,14 @@ def test_a_file_that_was_edited_is_mended_and_named(origin: Path) -> None:
     assert contents(folder) == served(tiny_model())
     assert any("model.safetensors has SHA-256" in text for text in said)
     assert weights.check(lock) == []
+
+
+def test_an_edit_that_keeps_the_size_is_noticed(origin: Path) -> None:
+    lock = a_lock(f"file://{origin}", tiny_model())
+    folder = weights.ensure("tiny", lock)
+    (folder / "tokenizer.json").write_bytes(b'{"version": "6.6"}')
+    weights.ensure("tiny", lock)
+    assert contents(folder) == served(tiny_model())
 
 
 def test_a_file_that_was_only_touched_is_compared_and_kept(origin: Path) -> None:
