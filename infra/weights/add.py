@@ -58,7 +58,7 @@ def add(source: str, name: str | None = None, path: Path = LOCK, say: Say = sile
         default, entry = _from_folder(source, say)
     else:
         raise WeightsError(
-            [Finding(source, "cannot be locked", "write hf://org/name@revision or file:///absolute/folder; ")]
+            [Finding(source, "cannot be locked", "write hf://org/name@revision or file:///absolute/folder")]
         )
     name = name or default
     _write(path, name, entry)

@@ -295,6 +295,7 @@ def offline(scratch: Path) -> dict[str, str]:
     return {
         "HF_HOME": str(scratch / "huggingface"),
         "HF_HUB_OFFLINE": "1",
+        "LLM_COMPRESSOR_LOG_LEVEL": "ERROR",
         "OMP_NUM_THREADS": "1",
         "PYTHONDONTWRITEBYTECODE": "",
         "TOKENIZERS_PARALLELISM": "false",

@@ -182,7 +182,11 @@ class Gateway:
         """End it at once, streams and all."""
         if self.process and self.process.poll() is None:
             self.process.terminate()
-            self.process.wait(IN_TIME_S)
+            try:
+                self.process.wait(IN_TIME_S / 3)
+            except subprocess.TimeoutExpired:  # the signal may have come while the master did not listen
+                self.process.kill()
+                self.process.wait(IN_TIME_S)
 
 
 @dataclass

@@ -545,12 +545,16 @@ def test_a_recipe_ends_with_the_run_that_started_it(made: Made, tmp_path: Path) 
         "lock = weights.WeightsLock.model_validate_json(sys.argv[1])\n"
         "weights.ensure('tiny', lock)"
     )
-    run = subprocess.Popen([sys.executable, "-c", program, made.lock().model_dump_json()], cwd=ROOT)
+    # A standard input of its own that stays open: the recipe must not live by that one.
+    command = [sys.executable, "-c", program, made.lock().model_dump_json()]
+    run = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE)
     until("the recipe runs", lambda: mark.exists() and mark.read_text(encoding="utf-8").endswith("\n"))
     recipe = int(mark.read_text(encoding="utf-8"))
     run.send_signal(signal.SIGKILL)
     run.wait()
     until("the recipe has ended", lambda: not _alive(recipe))
+    assert run.stdin is not None
+    run.stdin.close()
 
 
 def _alive(pid: int) -> bool:
