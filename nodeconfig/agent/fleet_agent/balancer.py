@@ -1,7 +1,8 @@
 """Take up a changed HAProxy configuration without dropping a connection.
 
 HAProxy's master starts new workers on SIGUSR2 and lets the old ones finish. New workers believe every server to be up
-until they have checked it, so what the old ones know is written to the server-state file first.
+until they have checked it, so what the old ones know is written to the server-state file first; a server that they do
+not know starts out of rotation, as the configuration's own servers.state has it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from fleet_agent.supervise import Supervisor, wait_for
 SOCKET = "haproxy.sock"
 STATE = "haproxy.state"
 RELOAD_S = 15
+SIGNALS = 3
+IDENTITY = (1, 3, 4, 18, 21)
+"""Columns be_name, srv_name, srv_addr, srv_port, srv_check_port of HAProxy's server-state format."""
 
 
 def command(run: Path, line: str) -> str:
@@ -76,10 +80,29 @@ def reload(machine: Machine, supervisor: Supervisor, program: str) -> None:
         AgentError: the new workers did not take over.
     """
     before = _worker(machine.run)
-    (machine.run / STATE).write_text(command(machine.run, "show servers state"), encoding="ascii")
-    supervisor.signal(program, "USR2")
-    if not wait_for(lambda: _worker(machine.run) not in ("", before), RELOAD_S):
-        raise AgentError("HAProxy did not take up the new configuration; its old workers go on")
+    initial = (machine.slots / program / "servers.state").read_text(encoding="ascii")
+    state = merge_states(command(machine.run, "show servers state"), initial)
+    (machine.run / STATE).write_text(state, encoding="ascii")
+    for _ in range(SIGNALS):  # a master that is just starting loses the signal
+        supervisor.signal(program, "USR2")
+        if wait_for(lambda: _worker(machine.run) not in ("", before), RELOAD_S / SIGNALS):
+            return
+    raise AgentError("HAProxy did not take up the new configuration; its old workers go on")
+
+
+def merge_states(running: str, initial: str) -> str:
+    """The servers of `initial`, each with the state that it has in `running` if it is the same server there.
+
+    Both are HAProxy's server-state format, version 1. The same server: backend, name, address, port and check port; a
+    row with another port would win over the configuration.
+    """
+    known = _rows(running)
+    return "\n".join(["1", *(known.get(server, row) for server, row in _rows(initial).items()), ""])
+
+
+def _rows(text: str) -> dict[tuple[str, ...], str]:
+    rows = [row for row in text.splitlines() if len(row.split()) > max(IDENTITY) and not row.startswith("#")]
+    return {tuple(row.split()[column] for column in IDENTITY): row for row in rows}
 
 
 def _worker(run: Path) -> str:
