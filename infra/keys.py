@@ -4,33 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import os
-import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from infra.api_key import digest, new_key
 from infra.config import StackConfig
 from infra.findings import ConfigError, Finding
 from infra.stack_file import add_key, remove_key, stack_file
 from infra.targets.local.host import default_key_file
 
-PREFIX = "sk-fleet-"
-RANDOM_BYTES = 32
 DEFAULT = "default"
 """Name of the key that a local stack makes for itself while its config names none."""
 NOT_MADE = "(made by `pulumi up`)"
 """Stands in a plan for the hash of that key until there is one."""
-
-
-def new_key() -> str:
-    """A fresh key: the prefix and 43 characters that URLs and headers take as they are."""
-    return PREFIX + secrets.token_urlsafe(RANDOM_BYTES)
-
-
-def digest(key: str) -> str:
-    """What is kept of a key: SHA-256 in hex."""
-    return hashlib.sha256(key.encode()).hexdigest()
 
 
 def add(stack: str, name: str) -> str:

@@ -42,7 +42,6 @@ class Layout:
     """By entry of models.lock.yaml."""
     haproxy: Path | None = None
     prometheus: Path | None = None
-    prometheus_arguments: tuple[str, ...] = ()
     alertmanager: Path | None = None
     grafana: Path | None = None
     """None where Grafana is not installed: it is then left out."""

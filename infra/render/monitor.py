@@ -34,7 +34,6 @@ def monitor(plan: FleetPlan, layout: Layout) -> Bundle:
             name="prometheus",
             command=(
                 str(layout.prometheus),
-                *layout.prometheus_arguments,
                 "--config.file=slots/prometheus/prometheus.yml",
                 "--storage.tsdb.path=data/prometheus",
                 f"--storage.tsdb.retention.time={plan.timings.retention}",

@@ -1,7 +1,8 @@
 """Stands in for `vllm serve` where the engine itself is not what is tested: starts in no time, misbehaves on request.
 
 Run as `python fake_vllm.py serve WEIGHTS --port N ...`. A file `behaviour` in the folder of the weights makes it bad:
-`dies-on-request` answers /health and exits at the first completion, `exits` does not start. So does a context of 1000
+`dies-on-request` answers /health and exits at the first completion, `exits` does not start, `has-a-part` has a process
+that vLLM would call its own and that ends first when the engine is told to stop. So does a context of 1000
 tokens: where the weights are shared, a stack config can name that one.
 """
 
@@ -27,6 +28,10 @@ def main() -> None:
 async def serve(weights: Path, port: int, behaviour: str) -> None:
     if behaviour == "exits":
         sys.exit("these weights do not start")
+    part = None
+    if behaviour == "has-a-part":
+        name_and_wait = "import time; open('/proc/self/comm', 'w').write('VLLM::Worker'); time.sleep(600)"
+        part = await asyncio.create_subprocess_exec(sys.executable, "-c", name_and_wait)
     counts = {"running": 0, "generated": 0, "prompt": 0}
     hold = asyncio.Event()
     ended = asyncio.Event()
@@ -75,6 +80,8 @@ async def serve(weights: Path, port: int, behaviour: str) -> None:
     await web.TCPSite(runner, "127.0.0.1", port).start()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
     await ended.wait()
+    if part:
+        part.kill()
     await runner.cleanup()
 
 

@@ -6,8 +6,13 @@ import contextlib
 import itertools
 import os
 import signal
+import sys
 import threading
 import urllib.request
+
+import psutil
+import pytest
+from fleet_agent.serve import LOOK_S, OWN_PROCESS
 
 from tests.machine.nodes import EngineNode
 
@@ -101,3 +106,35 @@ def test_drain_and_undrain(node: EngineNode) -> None:
 
     node.ask("/undrain?engine=chat-1", "POST")
     assert node.ready_status(1) == 200
+
+
+def known_part(node: EngineNode, pid: int) -> psutil.Process:
+    """The engine's part, once the agent has had time to look at it: it looks while the engine is ready."""
+    node.until("the agent has looked", lambda: node.engines()["chat-1"]["since_s"] > 3 * LOOK_S)
+    return next(process for process in psutil.Process(pid).children() if process.name().startswith(OWN_PROCESS))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process can be given a name through /proc only on Linux")
+def test_an_engine_of_which_a_part_died_is_ended_and_comes_back(node: EngineNode) -> None:
+    node.weights("parts", "has-a-part")
+    node.apply(node.bundle("parts", engines=1))
+    pid = node.engines()["chat-1"]["pid"]
+    part = known_part(node, pid)
+
+    part.kill()
+
+    node.until("another process serves", lambda: node.engines()["chat-1"]["pid"] not in (pid, None))
+    node.until("it is back", lambda: node.ready_status(1) == 200)
+    assert "one of its processes died" in (node.machine.log / "agent.log").read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process can be given a name through /proc only on Linux")
+def test_an_engine_that_is_told_to_stop_is_left_to_finish(node: EngineNode) -> None:
+    node.weights("parts", "has-a-part")
+    node.apply(node.bundle("parts", engines=1))
+    known_part(node, node.engines()["chat-1"]["pid"])
+
+    node.supervisor.stop("chat-1")
+
+    node.until("it is stopped", lambda: node.engines()["chat-1"]["state"] == "stopped")
+    assert "one of its processes died" not in (node.machine.log / "agent.log").read_text()

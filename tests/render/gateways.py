@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
+from fleet_agent.balancer import merge_states
 
 from infra.paths import toolchain_dir
 from infra.plan.model import FleetPlan
@@ -114,7 +115,9 @@ class Gateway:
         before = self.worker()
         self.plan = plan
         write(self.bundle, self.root)
-        (self.root / "run/haproxy.state").write_text(self.states_to_keep())
+        (self.root / "run/haproxy.state").write_text(
+            merge_states(self.command("show servers state"), (self.root / "slots/haproxy/servers.state").read_text())
+        )
         assert self.process
         for last in (False, False, True):
             # A master that has only just started its worker may not listen to signals yet: then the signal is lost.
@@ -126,17 +129,6 @@ class Gateway:
                     raise
             else:
                 return
-
-    def states_to_keep(self) -> str:
-        """The running worker's states, for servers that the new bundle has at the same address; else down."""
-
-        def parse(text: str) -> dict[tuple[str, ...], str]:
-            lines = [line for line in text.splitlines() if line.count(" ") > 4 and not line.startswith("#")]
-            return {tuple(line.split()[i] for i in (1, 3, 4, 18, 21)): line for line in lines}
-
-        running = parse(self.command("show servers state"))
-        fresh = parse((self.root / "slots/haproxy/servers.state").read_text())
-        return "\n".join(["1", *(running.get(key, line) for key, line in fresh.items()), ""])
 
     def command(self, line: str) -> str:
         with socket.socket(socket.AF_UNIX) as connection:

@@ -36,6 +36,23 @@ def safetensors(tensors: dict[str, tuple[str, int]], seed: int = 0) -> bytes:
     return len(text).to_bytes(8, "little") + text + random.Random(seed).randbytes(at)  # noqa: S311 - noise
 
 
+FACTS = {
+    "architecture": "LlamaForCausalLM",
+    "layers": 2,
+    "hidden_size": 64,
+    "attention_heads": 4,
+    "kv_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 1000,
+    "max_positions": 512,
+    "dtype": "bfloat16",
+    "tied_embeddings": True,
+    "parameters": 20_000,
+    "weights_bytes": 40_000,
+}
+"""Of `tiny_model`, as the lock has them."""
+
+
 def tiny_model(seed: int = 0, elements: int = 20_000) -> dict[str, bytes]:
     """The files of a model."""
     return {

@@ -10,7 +10,7 @@ import pytest
 
 from infra import weights
 from infra.weights.lock import LOCK, load
-from tests.unit.hub import COMMIT, CONFIG, REPOSITORY, Hub, fact, safetensors, tiny_model
+from tests.unit.hub import COMMIT, CONFIG, FACTS, REPOSITORY, Hub, fact, safetensors, tiny_model
 
 INT8 = {"num_bits": 8, "type": "int"}
 INT4 = {"num_bits": 4, "type": "int"}
@@ -42,20 +42,7 @@ def test_a_repository_is_locked_and_can_then_be_fetched(hub: Hub, lock: Path, re
     assert {path: one.model_dump() for path, one in entry.files.items()} == {
         path: fact(content) for path, content in hub.files.items() if path != "README.md"
     }
-    assert entry.facts.model_dump() == {
-        "architecture": "LlamaForCausalLM",
-        "layers": 2,
-        "hidden_size": 64,
-        "attention_heads": 4,
-        "kv_heads": 2,
-        "head_dim": 16,
-        "vocab_size": 1000,
-        "max_positions": 512,
-        "dtype": "bfloat16",
-        "tied_embeddings": True,
-        "parameters": 20_000,
-        "weights_bytes": 40_000,
-    }
+    assert entry.facts.model_dump() == FACTS
     written = load(lock)
     assert written.models[name] == entry
     folder = weights.ensure(name, written)

@@ -22,22 +22,8 @@ from infra import weights
 from infra.paths import ROOT
 from infra.weights import cache, files, sources
 from infra.weights.lock import QUANTIZER
-from tests.unit.hub import COMMIT, REPOSITORY, Hub, fact, tiny_model
+from tests.unit.hub import COMMIT, FACTS, REPOSITORY, Hub, fact, tiny_model
 
-FACTS = {
-    "architecture": "LlamaForCausalLM",
-    "layers": 2,
-    "hidden_size": 64,
-    "attention_heads": 4,
-    "kv_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 1000,
-    "max_positions": 512,
-    "dtype": "bfloat16",
-    "tied_embeddings": True,
-    "parameters": 20_000,
-    "weights_bytes": 40_000,
-}
 SOURCE = f"hf://{REPOSITORY}@{COMMIT}"
 LARGE = 12_000_000
 """Elements of two bytes: more than the 10 MB that the hub's client collects before it writes."""

@@ -63,7 +63,6 @@ def layout(plan: FleetPlan, lock: WeightsLock, role: str) -> Layout:
         weights={model.weights: cache.place(model.weights, lock) for model in plan.models},
         haproxy=found.haproxy,
         prometheus=found.prometheus,
-        prometheus_arguments=found.prometheus_arguments,
         alertmanager=found.alertmanager,
         grafana=found.grafana,
     )

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import platform
-import secrets
 import socket
 import sys
 from collections.abc import Iterable, Mapping
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from infra.api_key import digest, new_key
 from infra.findings import Finding
 from infra.paths import stack_dir
 from infra.plan.model import FleetPlan, HostFacts
@@ -58,14 +57,14 @@ def default_api_keys(stack: str) -> dict[str, str]:
     try:
         key = file.read_text(encoding="ascii").strip()
     except FileNotFoundError:
-        key = f"sk-fleet-{secrets.token_urlsafe(32)}"
+        key = new_key()
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         partial = file.with_name(f".{file.name}.{os.getpid()}")
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w", encoding="ascii") as stream:
             stream.write(key + "\n")
         partial.replace(file)
-    return {"default": hashlib.sha256(key.encode()).hexdigest()}
+    return {"default": digest(key)}
 
 
 def ports(plan: FleetPlan) -> dict[str, int]:

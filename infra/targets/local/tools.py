@@ -21,7 +21,6 @@ class Tools:
 
     haproxy: Path | None
     prometheus: Path | None
-    prometheus_arguments: tuple[str, ...]
     alertmanager: Path | None
     grafana: Path | None
 
@@ -38,7 +37,6 @@ def find() -> Tools:
     return Tools(
         haproxy=which("haproxy"),
         prometheus=which("prometheus"),
-        prometheus_arguments=(),
         alertmanager=which("alertmanager"),
         grafana=which("grafana") or which("grafana-server"),
     )

@@ -34,7 +34,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from fleet_agent.engine import STATES, Engine, Identity, Probe, Sample
 from fleet_agent.machine import Machine
-from fleet_agent.supervise import LIVE, Supervisor
+from fleet_agent.supervise import LIVE, Supervisor, running
 
 LOOK_S = 0.5
 """How often the process manager and the slots are looked at."""
@@ -130,11 +130,13 @@ class Agent:
         """
         while True:
             await asyncio.sleep(GUARD_S)
-            for engine in self.engines.values():
-                if any(not _running(process) for process in self.parts.get(engine.name, ())):
+            for engine in list(self.engines.values()):
+                if any(not running(process) for process in self.parts.get(engine.name, ())):
                     self.parts.pop(engine.name)
-                    engine.probed("refused", time.monotonic())
-                    self._end(engine, "one of its processes died")
+                    states = {row.state for row in await asyncio.to_thread(self.supervisor.of, engine.name)}
+                    if "STOPPING" not in states:  # else it ends its parts itself, after they have finished
+                        engine.probed("refused", time.monotonic())
+                        self._end(engine, "one of its processes died")
 
     def _find_engines(self) -> None:
         found = {
@@ -363,13 +365,7 @@ class Agent:
 
 def _is_part(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.Error):
-        return process.name().startswith(OWN_PROCESS) and _running(process)
-    return False
-
-
-def _running(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return process.name().startswith(OWN_PROCESS) and running(process)
     return False
 
 

@@ -6,7 +6,6 @@ first: when vLLM's API server is killed, its workers may live on and hold the me
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -16,9 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-import psutil
-
-from fleet_agent.supervise import wait_for
+from fleet_agent.supervise import marked, running, send, wait_for
 
 PROGRAM = "FLEET_PROGRAM"
 """Environment variable of an engine's processes; its value is the path of the file that it was started from."""
@@ -93,18 +90,8 @@ def check_weights(folder: Path, files: dict[str, dict[str, Any]]) -> list[str]:
 
 def end_leftovers(identity: str) -> None:
     """Kill what an earlier start of the same engine left running."""
-
-    def leftovers() -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                own = process.environ().get(PROGRAM) == identity and process.status() != psutil.STATUS_ZOMBIE
-                if own and process.pid != os.getpid():
-                    found.append(process)
-        return found
-
-    for process in leftovers():
+    left = marked(PROGRAM, identity)
+    for process in left:
         sys.stdout.write(f"ending process {process.pid}, left over from an earlier start\n")
-        with contextlib.suppress(psutil.Error):
-            process.send_signal(signal.SIGKILL)
-    wait_for(lambda: not leftovers(), GONE_S)
+    send(left, signal.SIGKILL)
+    wait_for(lambda: not any(running(process) for process in left), GONE_S)

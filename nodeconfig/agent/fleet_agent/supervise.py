@@ -153,21 +153,26 @@ def _expected(*codes: int) -> Any:
             raise
 
 
-def machine_processes(root: Path) -> list[psutil.Process]:
-    """Every process that belongs to a machine, whoever is its parent by now."""
-    mine = str(root)
+def marked(variable: str, value: str) -> list[psutil.Process]:
+    """Every other live process that has `variable=value` in its environment, whoever is its parent by now."""
     found = []
     for process in psutil.process_iter():
-        try:
-            if (
-                process.pid != os.getpid()
-                and process.environ().get(MARK) == mine
-                and process.status() != psutil.STATUS_ZOMBIE
-            ):
+        with contextlib.suppress(psutil.Error):  # ended meanwhile, or another user's
+            if process.pid != os.getpid() and process.environ().get(variable) == value and running(process):
                 found.append(process)
-        except psutil.Error:
-            continue  # ended meanwhile, or another user's
     return found
+
+
+def running(process: psutil.Process) -> bool:
+    """Whether a process is there and has not ended."""
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def machine_processes(root: Path) -> list[psutil.Process]:
+    """Every process that belongs to a machine."""
+    return marked(MARK, str(root))
 
 
 def end_processes(root: Path, timeout_s: float, say: Callable[[str], None]) -> None:
@@ -178,9 +183,9 @@ def end_processes(root: Path, timeout_s: float, say: Callable[[str], None]) -> N
     say(f"ending {len(left)} processes that the machine left behind")
     # Main processes only: an engine's API server ends its workers itself, after they have finished their requests.
     pids = {process.pid for process in left}
-    _send([process for process in left if _parent(process) not in pids], signal.SIGTERM)
+    send([process for process in left if _parent(process) not in pids], signal.SIGTERM)
     wait_for(lambda: not machine_processes(root), timeout_s)
-    _send(machine_processes(root), signal.SIGKILL)
+    send(machine_processes(root), signal.SIGKILL)
     if not wait_for(lambda: not machine_processes(root), BOOT_S):
         raise AgentError(f"processes of {root} cannot be killed: {[p.pid for p in machine_processes(root)]}")
 
@@ -191,7 +196,8 @@ def _parent(process: psutil.Process) -> int | None:
     return None
 
 
-def _send(processes: Iterable[psutil.Process], sig: signal.Signals) -> None:
+def send(processes: Iterable[psutil.Process], sig: signal.Signals) -> None:
+    """Send a signal to those of the processes that are still there."""
     for process in processes:
         with contextlib.suppress(psutil.Error):
             process.send_signal(sig)
