@@ -189,7 +189,8 @@ class Fleet:
             with urllib.request.urlopen(request, timeout=120) as answer:
                 return answer.status, json.load(answer)
         except urllib.error.HTTPError as error:
-            return error.code, json.load(error)
+            with error:
+                return error.code, json.load(error)
 
     def until(self, what: str, condition: Callable[[], bool], timeout_s: float = IN_TIME_S) -> None:
         assert wait_for(condition, timeout_s, 0.1), what

@@ -7,6 +7,7 @@ import http.client
 import json
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
 
 import openai
 import pytest
@@ -20,8 +21,9 @@ QUESTION = "What is the capital of France?"
 
 
 @pytest.fixture
-def client(fleet: Fleet) -> openai.OpenAI:
-    return openai.OpenAI(base_url=fleet.outputs["endpoint"], api_key=fleet.key, max_retries=0)
+def client(fleet: Fleet) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=fleet.outputs["endpoint"], api_key=fleet.key, max_retries=0) as client:
+        yield client
 
 
 def test_the_curl_line_of_the_outputs_works(fleet: Fleet) -> None:

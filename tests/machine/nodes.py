@@ -122,7 +122,8 @@ class EngineNode:
             with urllib.request.urlopen(request, timeout=5) as answer:
                 return int(answer.status)
         except urllib.error.HTTPError as error:
-            return int(error.code)
+            with error:
+                return int(error.code)
 
     def engines(self) -> dict[str, dict[str, Any]]:
         return {row["engine"]: row for row in self.ask("/engines")}
