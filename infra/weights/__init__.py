@@ -1,8 +1,9 @@
 """Weights: what `stacks/models.lock.yaml` promises, where it comes from, and this machine's cache of it."""
 
 from infra.findings import ConfigError
-from infra.weights.add import add
-from infra.weights.cache import Place, check, ensure, expected_files, place, verify
+from infra.weights.add import add, fill
+from infra.weights.cache import Place, ensure, expected_files, place, verify
+from infra.weights.check import check, require_digests
 from infra.weights.files import Mismatch, WeightsError
 from infra.weights.lock import WeightsLock, load
 
@@ -16,7 +17,9 @@ __all__ = [
     "check",
     "ensure",
     "expected_files",
+    "fill",
     "load",
     "place",
+    "require_digests",
     "verify",
 ]

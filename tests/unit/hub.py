@@ -17,6 +17,7 @@ REPOSITORY = "acme/Tiny_Model"
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 64,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -40,6 +41,7 @@ FACTS = {
     "architecture": "LlamaForCausalLM",
     "layers": 2,
     "hidden_size": 64,
+    "intermediate_size": 128,
     "attention_heads": 4,
     "kv_heads": 2,
     "head_dim": 16,
@@ -84,6 +86,11 @@ class Hub:
     files: dict[str, bytes] = field(default_factory=tiny_model)
     token: str | None = None
     """What a client must show, if anything."""
+    gated: bool = False
+    """Nobody who shows a token has accepted the terms."""
+    commit: str = COMMIT
+    """What the branch `main` is at."""
+    card: dict[str, str] = field(default_factory=lambda: {"license": "mit"})
     cut: dict[str, int] = field(default_factory=dict)
     """Path to how many bytes go out before the connection breaks, once."""
     stall: dict[str, int] = field(default_factory=dict)
@@ -140,6 +147,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._file(match[1], body=body)
         elif self.served.token and authorization != f"Bearer {self.served.token}":
             self._error(401, "GatedRepo", "Access to this model is restricted")
+        elif self.served.gated:
+            self._error(403, "GatedRepo", "Your account is not in the authorized list")
         elif match := re.fullmatch(rf"/api/models/{REPOSITORY}/revision/([^/]+)", path):
             self._info(match[1])
         elif match := re.fullmatch(rf"/{REPOSITORY}/resolve/([^/]+)/(.+)", path):
@@ -148,7 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(404, "RepoNotFound", "Repository not found")
 
     def _info(self, revision: str) -> None:
-        if revision not in {COMMIT, "main"}:
+        if revision not in {self.served.commit, "main"}:
             self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
             return
         siblings = [
@@ -156,11 +165,17 @@ class _Handler(BaseHTTPRequestHandler):
             | ({"lfs": {**fact(content), "pointerSize": 134}} if path.endswith(".safetensors") else {})
             for path, content in self.served.files.items()
         ]
-        info = {"id": REPOSITORY, "sha": COMMIT, "siblings": siblings, "cardData": {"license": "mit"}, "tags": []}
+        info = {
+            "id": REPOSITORY,
+            "sha": self.served.commit,
+            "siblings": siblings,
+            "cardData": self.served.card,
+            "tags": [],
+        }
         self._send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
 
     def _resolve(self, revision: str, path: str, *, body: bool) -> None:
-        if revision not in {COMMIT, "main"}:
+        if revision not in {self.served.commit, "main"}:
             self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         elif path not in self.served.files:
             self._error(404, "EntryNotFound", f"Entry not found: {path}")
@@ -168,7 +183,7 @@ class _Handler(BaseHTTPRequestHandler):
             digest = fact(self.served.files[path])
             headers = {
                 "Location": f"http://localhost:{self.served.port}/large/{path}",
-                "X-Repo-Commit": COMMIT,
+                "X-Repo-Commit": self.served.commit,
                 "X-Linked-Etag": f'"{digest["sha256"]}"',
                 "X-Linked-Size": str(digest["size"]),
             }
@@ -179,7 +194,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _file(self, path: str, *, body: bool) -> None:
         hub = self.served
         content = hub.files[path]
-        headers = {"ETag": f'"{fact(content)["sha256"]}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {"ETag": f'"{fact(content)["sha256"]}"', "X-Repo-Commit": hub.commit, "Accept-Ranges": "bytes"}
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         start = int(wanted[1]) if wanted else 0
         end = min(int(wanted[2]) + 1, len(content)) if wanted and wanted[2] else len(content)

@@ -20,7 +20,7 @@ import pytest
 
 from infra import weights
 from infra.paths import ROOT
-from infra.weights import cache, files, sources
+from infra.weights import cache, files, programs, sources
 from infra.weights.lock import QUANTIZER
 from tests.unit.hub import COMMIT, FACTS, REPOSITORY, Hub, fact, tiny_model
 
@@ -182,6 +182,14 @@ def test_a_token_that_is_missing_is_asked_for_and_one_that_is_there_stays_secret
     assert any(asked.token == f"Bearer {hub.token}" for asked in hub.asked)
     assert hub.tokens_elsewhere == []
     assert hub.token not in "".join(said)
+
+
+def test_what_has_no_digests_is_not_even_asked_for(hub: Hub) -> None:
+    entry = a_lock(SOURCE, hub.files).models["tiny"].model_dump(exclude_none=True)
+    lock = weights.WeightsLock.model_validate({"models": {"tiny": {**entry, "files": {}, "digests": "unknown"}}})
+    with pytest.raises(weights.WeightsError, match=r"(?s)no digests of `tiny` yet.*fleet lock fill tiny"):
+        weights.ensure("tiny", lock)
+    assert hub.asked == []
 
 
 @pytest.mark.parametrize(
@@ -448,7 +456,7 @@ class Made:
 
 @pytest.fixture
 def made(origin: Path, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
-    monkeypatch.setattr(sources, "install_quantizer", lambda _say, _where: None)
+    monkeypatch.setattr(programs, "install_quantizer", lambda _say, _where: None)
     python = shared / "engines" / QUANTIZER / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.symlink_to(sys.executable)
@@ -469,7 +477,7 @@ def test_an_entry_is_made_once_and_its_digests_recorded(made: Made) -> None:
     recorded = json.loads(place.record.read_text(encoding="utf-8"))
     assert recorded == {path: fact(content) for path, content in contents(place.folder).items()}
     expected = weights.expected_files(lock.models["tiny"], place.folder)
-    assert {path: one.model_dump() for path, one in expected.items()} == recorded
+    assert {path: one.model_dump(exclude_none=True) for path, one in expected.items()} == recorded
     assert weights.check(lock) == []
 
 
@@ -526,8 +534,8 @@ def test_a_recipe_ends_with_the_run_that_started_it(made: Made, tmp_path: Path) 
         encoding="utf-8",
     )
     program = (
-        "import pathlib, sys; from infra import weights; from infra.weights import sources\n"
-        "sources.install_quantizer = lambda *_: None\n"
+        "import pathlib, sys; from infra import weights; from infra.weights import programs\n"
+        "programs.install_quantizer = lambda *_: None\n"
         "lock = weights.WeightsLock.model_validate_json(sys.argv[1])\n"
         "weights.ensure('tiny', lock)"
     )
