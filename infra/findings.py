@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 LONGEST_SHOWN = 40
+MOST_LISTED = 16
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,23 @@ def show(value: Any) -> str:
     return str(value) if short_number else kind(value)
 
 
-def nearest(word: str, words: Iterable[str]) -> str | None:
-    """The one of the words that was probably meant, if any. Hyphens, underscores and capitals make no difference."""
+def nearest(word: str, words: Iterable[str], *, least: float = 0.6) -> str | None:
+    """The one of the words that was probably meant, if any. Hyphens, underscores and capitals make no difference.
+
+    Args:
+        word: What was written.
+        words: What could have been.
+        least: How like they must be, from 0 to 1 (difflib's ratio).
+    """
     like = {other.lower().replace("_", "-"): other for other in words}
-    near = difflib.get_close_matches(word.lower().replace("_", "-"), like, n=1)
+    near = difflib.get_close_matches(word.lower().replace("_", "-"), like, n=1, cutoff=least)
     return like[near[0]] if near else None
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
     """The fix for a word that is not one of those."""
     words = list(words)
-    near = nearest(word, words)
-    return f"did you mean `{near}`?" if near else f"one of: {', '.join(words)}"
+    if near := nearest(word, words):
+        return f"did you mean `{near}`?"
+    more = f" … {len(words) - MOST_LISTED} more" if len(words) > MOST_LISTED else ""
+    return f"one of: {', '.join(words[:MOST_LISTED])}{more}"

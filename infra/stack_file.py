@@ -21,14 +21,19 @@ from infra.config import (
     Location,
     StackConfig,
     parse,
+    region_of,
 )
-from infra.findings import ConfigError, Finding, did_you_mean, kind, nearest
+from infra.config.plaintext import REVOKED, hidden, secret
+from infra.config.reading import decoded
+from infra.config.words import path as shown
+from infra.findings import ConfigError, Finding, did_you_mean, kind, nearest, show
 from infra.paths import stacks_dir
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 KEYS = f"{NAMESPACE}:api-keys"
+REGION = "aws:region"
 
 
 def stack_file(stack: str) -> Path:
@@ -49,10 +54,11 @@ def load_stack_file(path: Path) -> StackConfig:
     if not isinstance(document, Mapping):
         what = f"is {kind(document)}, not a mapping"
     elif not isinstance(document.get("config"), Mapping):
-        what = "has no mapping `config`"
+        near = next((str(key) for key in document if key != "config" and nearest(str(key), ["config"])), None)
+        what = f"has no mapping `config`, but {show(near)}" if near else "has no mapping `config`"
     else:
         values, misspelt = _ours(document["config"])
-        return parse(values, (*findings, *misspelt))
+        return parse(values, (*findings, *misspelt)).in_region(region_of(document["config"]))
     raise ConfigError([Finding(path.name, what, f"start with `config:` and put `{NAMESPACE}:target: local` under it")])
 
 
@@ -138,11 +144,18 @@ def _load(path: Path, text: str) -> tuple[Any, list[Finding]]:
         return yaml.load(text), findings
     except MarkedYAMLError as error:
         line = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
-        raise ConfigError([Finding(path.name, f"is not YAML: {error.problem}{line}")]) from None
+        tab = "'\\t'" in str(error.problem)
+        fix = (
+            "indent with spaces: YAML has no tabs" if tab else "brackets, colons and indentation, there or just before"
+        )
+        raise ConfigError([Finding(path.name, f"is not YAML: {hidden(str(error.problem))}{line}", fix)]) from None
     except (YAMLError, ValueError, TypeError) as error:
-        raise ConfigError([Finding(path.name, f"is not YAML: {error}")]) from None
+        fix = "mend it, or restore it from version control"
+        problem = hidden(str(error).partition("\n")[0])
+        raise ConfigError([Finding(path.name, f"is not YAML: {problem}", fix)]) from None
     except RecursionError:
-        raise ConfigError([Finding(path.name, "is nested too deeply")]) from None
+        fix = "no alias (`*name`) inside of what it stands for, and few of them: write out what they stand for"
+        raise ConfigError([Finding(path.name, "is nested too deeply", fix)]) from None
 
 
 def _duplicates(node: Any, location: Location, seen: list[int]) -> Iterator[Finding]:
@@ -155,9 +168,8 @@ def _duplicates(node: Any, location: Location, seen: list[int]) -> Iterator[Find
             name = str(key.value)
             line = key.start_mark.line + 1
             if name in lines:
-                where = ".".join(str(part) for part in (*location, name)).removeprefix("config.")
                 what = f"is there twice, in lines {lines[name]} and {line}"
-                yield Finding(where.removeprefix(f"{NAMESPACE}:"), what, "keep one of them")
+                yield Finding(_where((*location, name)), what, "keep one of them")
             lines[name] = line
             yield from _duplicates(value, (*location, name), seen)
     elif isinstance(node, SequenceNode):
@@ -165,15 +177,23 @@ def _duplicates(node: Any, location: Location, seen: list[int]) -> Iterator[Find
             yield from _duplicates(value, (*location, index), seen)
 
 
+def _where(location: Location) -> str:
+    """A path in the file as a path of the config."""
+    first, *others = location[1:] if len(location) > 1 and location[0] == "config" else location
+    return shown((str(first).removeprefix(f"{NAMESPACE}:"), *others))
+
+
 def _ours(config: Mapping[Any, Any]) -> tuple[dict[str, Any], list[Finding]]:
-    """The keys of our namespace without it, and a finding for each key that was probably meant to be one of them."""
+    """The keys of our namespace without it; findings for keys that were meant to be ours, or that anybody can read."""
     values: dict[str, Any] = {}
     findings: list[Finding] = []
     for key, value in config.items():
         namespace, colon, name = str(key).partition(":")
         if namespace == NAMESPACE and name:
-            values[name] = value
-        elif not colon:
+            values[name] = decoded(value)
+            continue
+        namespace, name = shown((namespace,)), shown((name,))
+        if not colon:
             findings.append(Finding(f"config.{namespace}", "has no namespace", f"write `{NAMESPACE}:{namespace}`"))
         elif nearest(namespace, [NAMESPACE]):
             findings.append(
@@ -183,4 +203,21 @@ def _ours(config: Mapping[Any, Any]) -> tuple[dict[str, Any], list[Finding]]:
                     f"did you mean `{NAMESPACE}:{name}`?",
                 )
             )
+        elif key == REGION and not isinstance(value, str):
+            findings.append(Finding(REGION, f"must be text, not {kind(value)}", f"a region: `{REGION}: us-east-1`"))
+        else:
+            findings += _readable(f"{namespace}:{name}", value)
     return values, findings
+
+
+def _readable(key: str, value: Any) -> Iterator[Finding]:
+    """A finding for each credential in a setting of another namespace that is not encrypted."""
+    if known := secret(key, value):
+        path = f"--path '{key}'" if "." in key else key
+        yield Finding(key, known.problem, f"{REVOKED}; the new one: `pulumi config set --secret {path}`")
+    elif isinstance(value, Mapping) and set(value) != {"secure"}:
+        for name, item in value.items():
+            yield from _readable(f"{key}.{shown((str(name),))}", item)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _readable(f"{key}.{index}", item)

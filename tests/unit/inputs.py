@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from infra.config import parse
+from infra.config import StackConfig, parse
 from infra.plan import make_plan
 from infra.plan.model import FleetPlan, HostFacts
+from infra.weights import lock as locks
 from infra.weights.lock import Calibration, FileFact, LockEntry, ModelFacts, WeightsLock
 
 GIB = 1 << 30
 KEYS = {"default": "0" * 64}
 AVX2 = frozenset({"avx2"})
 AVX512 = frozenset({"avx2", "avx512f"})
+GPU_LOCK = locks.load(Path(__file__).with_name("models.lock.yaml"), {})
+"""Models that need GPUs."""
 
 
 def facts(**changes: Any) -> ModelFacts:
@@ -58,6 +62,13 @@ def a_lock(**more: LockEntry) -> WeightsLock:
 
 def a_host(gib: float = 16, cores: int = 4, flags: frozenset[str] = AVX2) -> HostFacts:
     return HostFacts(ram_bytes=int(gib * GIB), cores=cores, cpu_flags=flags, platform="linux-x86_64")
+
+
+def plan_of(config: StackConfig, stack: str = "local") -> FleetPlan:
+    """The plan of a config: with the machine and the models of these tests."""
+    if config.target == "local":
+        return make_plan(stack, config, a_lock(), a_host(), KEYS)
+    return make_plan(stack, config, GPU_LOCK, None, config.api_keys)
 
 
 def plan(

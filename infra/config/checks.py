@@ -1,0 +1,135 @@
+"""What one value alone cannot know, and what needs no catalog: keys of another target, pools that nobody uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from infra.config.stack import ENCRYPTED
+from infra.findings import Finding
+
+if TYPE_CHECKING:
+    from infra.config.pools import PoolConfig
+    from infra.config.stack import ModelConfig, StackConfig
+
+NOT_ON_LOCAL = {
+    "pool": "the target `local` is one machine, without pools",
+    "tensor-parallel-size": "the target `local` has no GPUs: each engine runs on the CPU alone",
+    "kv-cache-dtype": "the target `local` has no GPUs: the KV cache is in the type that the CPU computes in",
+    "gpu-memory-utilization": "the target `local` has no GPUs: the KV cache has the size that `concurrency` needs",
+    "max-num-batched-tokens": "the target `local` derives it from `concurrency`",
+    "enforce-eager": "on the target `local` engines are always eager",
+    "sleep": "the target `local` has no GPUs whose memory a sleeping engine could free",
+    "traffic": "the target `local` costs nothing, and its number of engines is `engines`",
+}
+"""Keys of a model that mean nothing there."""
+
+
+def checks(config: StackConfig, raw: Mapping[str, Any]) -> Iterator[Finding]:
+    """Everything that is wrong between the values of a config.
+
+    Args:
+        config: With what was faulty in itself taken out.
+        raw: As it was written.
+    """
+    if raw.get("target") == config.target:  # else nobody knows what was meant
+        yield from _on_local(config) if config.target == "local" else _on_gpus(config)
+    for name, model in config.models.items():
+        yield from _model(f"models.{name}", model)
+    yield from _shared_keys(config.api_keys)
+    if config.target == "local":
+        return
+    written = raw.get("models")
+    if isinstance(written, Mapping) and len(written) == len(config.models):  # else one that is lost may use it
+        yield from _unused(config)
+    for name, pool in config.pools.items():
+        yield from _ladder(f"pools.{name}.capacity", pool)
+
+
+def _pool_of(target: str, at: str, pool: PoolConfig) -> Iterator[Finding]:
+    """Keys that a pool cannot have on a target."""
+    if target == "kubernetes":
+        for key in ("instance", "zones", "capacity"):
+            if key in pool.model_fields_set:
+                yield Finding(f"{at}.{key}", "on Kubernetes the cluster has its nodes already", "remove it")
+        return
+    if pool.gpus_per_node is not None:
+        problem = "on AWS the instance type decides how many GPUs a node has"
+        yield Finding(f"{at}.gpus-per-node", problem, "remove it, or choose another `instance`")
+    if pool.usd_per_hour is not None and pool.instance is None:
+        fix = "add `instance: …`, or write it under `prices.instances`"
+        yield Finding(f"{at}.usd_per_hour", "the price of a node, but no `instance` says of which", fix)
+
+
+def _on_local(config: StackConfig) -> Iterator[Finding]:
+    if config.pools:
+        problem = "the target `local` is one machine, without pools"
+        yield Finding("pools", problem, "remove it, or choose `target: aws` or `target: kubernetes`")
+    for name, model in config.models.items():
+        for key, problem in NOT_ON_LOCAL.items():
+            if key.replace("-", "_") in model.model_fields_set:
+                yield Finding(f"models.{name}.{key}", problem, "remove it: nothing uses it there")
+        if model.quantization == "auto":
+            problem = "`auto` is whatever costs least, and the target `local` costs nothing"
+            yield Finding(f"models.{name}.quantization", problem, "`none`, `8bit` or `4bit`")
+    if config.gateway.hosts is not None and config.gateway.hosts > 1:
+        problem = f"{config.gateway.hosts} machines: the target `local` is one"
+        yield Finding("gateway.hosts", problem, "remove it")
+    if config.gateway.hostname is not None:
+        problem = "the target `local` has no name: clients use 127.0.0.1 and the gateway's port"
+        yield Finding("gateway.hostname", problem, "remove it: nothing uses it there")
+    for key, part in (("budget", config.budget), ("prices", config.prices)):
+        if part.model_fields_set:
+            yield Finding(key, "the target `local` costs nothing", "remove it: nothing uses it there")
+
+
+def _on_gpus(config: StackConfig) -> Iterator[Finding]:
+    for name, pool in config.pools.items():
+        yield from _pool_of(config.target, f"pools.{name}", pool)
+    if config.local.model_fields_set:
+        problem = f"the target is `{config.target}`: ports can be chosen on the target `local` only"
+        yield Finding("local", problem, "remove it, or choose `target: local`")
+    if config.target == "kubernetes" and config.prices.instances:
+        problem = "the nodes of a cluster have no instance types"
+        yield Finding("prices.instances", problem, "write the price of a node as `pools.NAME.usd_per_hour`")
+
+
+def _model(at: str, model: ModelConfig) -> Iterator[Finding]:
+    answer = model.traffic.answer_tokens if model.traffic else None
+    if answer is not None and model.max_answer is not None and answer > model.max_answer:
+        problem = f"{answer} tokens: a mean answer, longer than the longest, `max-answer: {model.max_answer}`"
+        yield Finding(f"{at}.traffic.answer-tokens", problem, f"at most {model.max_answer}")
+    step, at_once = model.max_num_batched_tokens, model.concurrency
+    if step is not None and at_once is not None and step < at_once:
+        problem = f"{step} tokens: a step computes one for each request, and there are {at_once} at once"
+        yield Finding(f"{at}.max-num-batched-tokens", problem, f"at least {at_once}, or a lower `concurrency`")
+
+
+def _shared_keys(api_keys: Mapping[str, str]) -> Iterator[Finding]:
+    """Keys that have two names: the gateway could not tell who asks."""
+    owners: dict[str, str] = {}
+    for name, digest in api_keys.items():
+        owner = owners.setdefault(digest, name)
+        if owner != name and digest != ENCRYPTED:
+            problem = f"is the key of `{owner}`: the gateway could not tell which of them asks"
+            yield Finding(f"api-keys.{name}", problem, f"remove it, and `fleet keys add {name}` makes one of its own")
+
+
+def _unused(config: StackConfig) -> Iterator[Finding]:
+    """Pools that no model uses. Where a model's pool is not known, that is said instead."""
+    used = {model.pool for model in config.models.values()}
+    if used <= set(config.pools):
+        for name in config.pools:
+            if name not in used:
+                fix = f"give a model `pool: {name}`, or remove the pool"
+                yield Finding(f"pools.{name}", "no model uses this pool", fix)
+
+
+def _ladder(at: str, pool: PoolConfig) -> Iterator[Finding]:
+    """Rungs that stand twice in a pool's ladder."""
+    seen: dict[tuple[str, str | None], int] = {}
+    for index, rung in enumerate(pool.capacity):
+        first = seen.setdefault((rung.kind, rung.id), index)
+        if first != index:
+            name = f"{rung.kind} {rung.id}" if rung.id else rung.kind
+            yield Finding(f"{at}.{index}", f"{name} is there already, as capacity.{first}", "remove one of them")
