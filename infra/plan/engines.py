@@ -10,6 +10,9 @@ from infra.plan.model import EnginePlan, HostFacts, ModelPlan, Timings
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from infra.config import ModelConfig
+    from infra.plan.fit import Engine
+
 LOOPBACK = "127.0.0.1"
 STEP_TOKENS = 512
 """Tokens that one step of an engine computes at most. With vLLM's default, 2048, running streams stood still for 11 s
@@ -59,19 +62,39 @@ def plan_engines(
 
 
 def _flags(model: ModelPlan, port: int, timings: Timings) -> tuple[str, ...]:
-    """Arguments of `vllm serve`, checked against vLLM 0.32."""
+    """Arguments of `vllm serve` on a machine without a GPU, checked against vLLM 0.32."""
+    values = {"--host": LOOPBACK, "--port": port} | _common(model, timings, step_tokens(model.concurrency))
+    # Without it vLLM wants 92 % of the machine's memory for itself.
+    values["--kv-cache-memory-bytes"] = model.kv_cache_bytes
+    # Compiling takes a minute on two cores and gains little there.
+    return _arguments(values, ["--enforce-eager", *_switches(model)])
+
+
+def gpu_flags(
+    model: ModelPlan, engine: Engine, wanted: ModelConfig, timings: Timings, *, online: bool
+) -> tuple[str, ...]:
+    """The same on GPUs, without host and port: they depend on an engine's place on its node."""
+    values = _common(model, timings, engine.batched_tokens)
+    values["--tensor-parallel-size"] = engine.tensor_parallel_size
+    values["--gpu-memory-utilization"] = engine.utilization
+    values["--kv-cache-dtype"] = engine.kv_dtype
+    if online:
+        values["--quantization"] = model.format
+    switches = ["--enforce-eager"] if wanted.enforce_eager else []
+    if wanted.sleep:
+        switches.append("--enable-sleep-mode")
+    return _arguments(values, [*switches, *_switches(model)])
+
+
+def _common(model: ModelPlan, timings: Timings, batched_tokens: int) -> dict[str, object]:
     values: dict[str, object] = {
-        "--host": LOOPBACK,
-        "--port": port,
         "--served-model-name": model.name,
         "--dtype": model.dtype,
         "--max-model-len": model.context,
         "--max-num-seqs": model.concurrency,
-        "--max-num-batched-tokens": step_tokens(model.concurrency),
+        "--max-num-batched-tokens": batched_tokens,
         # Counts what runs as well as what waits.
         "--max-num-queued-reqs": model.concurrency + model.queued,
-        # Without it vLLM wants 92 % of the machine's memory for itself.
-        "--kv-cache-memory-bytes": model.kv_cache_bytes,
         # The default, 0, cuts off what is running at SIGTERM.
         "--shutdown-timeout": timings.shutdown_s,
         "--disable-access-log-for-endpoints": UNLOGGED,
@@ -80,20 +103,33 @@ def _flags(model: ModelPlan, port: int, timings: Timings) -> tuple[str, ...]:
         values["--override-generation-config"] = json.dumps({"max_new_tokens": model.max_answer})
     if model.tool_calls is not None:
         values["--tool-call-parser"] = model.tool_calls
-    # Compiling takes a minute on two cores and gains little there.
-    switches = ["--enforce-eager", "--enable-request-id-headers"]
+    return values
+
+
+def _switches(model: ModelPlan) -> list[str]:
+    switches = ["--enable-request-id-headers"]
     if model.tool_calls is not None:
         switches.append("--enable-auto-tool-choice")
+    return switches
+
+
+def _arguments(values: Mapping[str, object], switches: Sequence[str]) -> tuple[str, ...]:
     return (*(text for flag, value in values.items() for text in (flag, str(value))), *switches)
+
+
+OFFLINE = (
+    # Weights are on disk and verified: the hub is never asked.
+    ("HF_HUB_OFFLINE", "1"),
+    ("TRANSFORMERS_OFFLINE", "1"),
+    ("VLLM_NO_USAGE_STATS", "1"),
+    ("DO_NOT_TRACK", "1"),
+)
+"""Environment of every engine."""
 
 
 def _environment(threads: int) -> tuple[tuple[str, str], ...]:
     return (
-        # Weights are on disk and verified: the hub is never asked.
-        ("HF_HUB_OFFLINE", "1"),
-        ("TRANSFORMERS_OFFLINE", "1"),
-        ("VLLM_NO_USAGE_STATS", "1"),
-        ("DO_NOT_TRACK", "1"),
+        *OFFLINE,
         # Else the engine's processes talk to each other through an outside address.
         ("VLLM_HOST_IP", LOOPBACK),
         # Engines share the cores; vLLM would bind each engine to the same ones.

@@ -125,6 +125,108 @@ class Timings(Frozen):
     """How long Prometheus keeps samples, in its own notation."""
 
 
+class AwsTimings(Frozen):
+    """What AWS has to know of how nodes come and go. Derived in plan/timings.py."""
+
+    drain_hook_s: int
+    """Heartbeat of the terminate hook of engine nodes."""
+    gateway_hook_s: int
+    """The same of gateways."""
+    launch_hook_s: int
+    """Heartbeat of the launch hook: a node that is not ready by then is abandoned."""
+    health_grace_s: int
+    """HealthCheckGracePeriod of a group."""
+    instance_warmup_s: int
+    """DefaultInstanceWarmup of a group: how long after one node the next is replaced."""
+    deregistration_s: int
+    """Deregistration delay of the gateways' target group; connections are not terminated at its end."""
+    idle_s: int
+    """Idle time-out of the load balancer's TCP listener."""
+    dns_ttl_s: int
+    """Of the records that engine nodes are found by."""
+    metadata_poll_s: int
+    """How often the agent asks instance metadata whether its node is to leave."""
+    spot_drain_s: int
+    """How long a drain waits after a spot notice."""
+
+
+class KubernetesTimings(Frozen):
+    """What Kubernetes has to know of how pods come and go. Derived in plan/timings.py."""
+
+    grace_s: int
+    """`terminationGracePeriodSeconds` of engines."""
+    gateway_grace_s: int
+    """The same of gateways."""
+    readiness_period_s: int
+    readiness_timeout_s: int
+    startup_period_s: int
+    startup_failures: int
+    """`failureThreshold` of the startup probe."""
+    progress_s: int
+    """`progressDeadlineSeconds`."""
+
+
+class SlotPlan(Frozen):
+    """The place of one engine on every node of a pool."""
+
+    model: str
+    gpus: tuple[int, ...]
+    """CUDA_VISIBLE_DEVICES: of one NVLink or NUMA domain."""
+
+
+class RungPlan(Frozen):
+    """One way to get nodes, tried after the rungs before it."""
+
+    kind: Literal["reservation", "capacity-block", "on-demand", "spot"]
+    id: str | None
+    """Of the reservation or block; None with `capacity-block`: the one that is active."""
+    instances: tuple[str, ...]
+    """Types that carry the pool's slots, the preferred one first."""
+    zones: tuple[str, ...]
+    """Zones of the pool in which one of them is offered."""
+    usd_per_hour: float
+    """Of one node: expected; of a spot node at most."""
+    basis: str
+    """What that price is."""
+
+
+class PoolPlan(Frozen):
+    """Nodes that are all alike: one launch template, one packing."""
+
+    name: str
+    gpu: str
+    """Key of the catalog."""
+    instance: str | None
+    """None: nodes of a cluster that is there already."""
+    nodes: int
+    gpus_per_node: int
+    slots: tuple[SlotPlan, ...]
+    """The same on every node; empty where a scheduler finds the places."""
+    engines: tuple[tuple[str, int], ...]
+    """(model, engines) in the whole pool. Engines are not listed: a pool may have thousands."""
+    zones: tuple[str, ...]
+    rungs: tuple[RungPlan, ...]
+    weights_bytes: int
+    """What one node has on disk: each of its models once."""
+    weights_on: Literal["nvme", "volume"]
+    volume_bytes: int
+    """Of the root volume, or of the claim on Kubernetes."""
+    min_healthy_percent: int
+    """Instance refresh, with MaxHealthyPercentage 100: one node at a time, and never a spare one."""
+    usd_per_hour: float | None
+    """Of all nodes on the first rung; None: not known."""
+
+    @property
+    def idle_gpus(self) -> int:
+        """GPUs of each node that no slot has; 0 where there are no slots."""
+        return self.gpus_per_node - sum(len(slot.gpus) for slot in self.slots) if self.slots else 0
+
+    @property
+    def highest_usd_per_hour(self) -> float | None:
+        """Of all nodes if the dearest rung has to serve."""
+        return self.nodes * max(rung.usd_per_hour for rung in self.rungs) if self.rungs else self.usd_per_hour
+
+
 class GatewayPlan(Frozen):
     """The load balancer."""
 
@@ -180,6 +282,165 @@ class MemoryPlan(Frozen):
     total: int
 
 
+class SpeedPlan(Frozen):
+    """How fast one engine is while it has as many requests as its load says."""
+
+    ttft_s: float
+    """Mean time to the first token."""
+    ttft_p95_s: float
+    tpot_s: float
+    """Mean time between tokens."""
+    tpot_p95_s: float
+    """Of requests: each has its own mean."""
+    output_tokens_s: float
+    """Of all requests together."""
+    prefill_tokens_s: float
+    """What it reads of prompts in a second while it does nothing else."""
+    requests_s: float
+    """Answered."""
+    measured: bool
+    """Of that very configuration; else it is an estimate."""
+    error_percent: int
+    """Nine estimates of ten are closer; 0 if measured."""
+    basis: str
+    """What the numbers rest on."""
+
+
+class CostLine(Frozen):
+    """Machines that are rented by the hour: a pool, the gateways, the monitor."""
+
+    name: str
+    instance: str
+    count: int
+    usd_per_hour_each: float
+    usd_per_hour: float
+    price: str
+    """Where the price is from."""
+
+
+class HostedCost(Frozen):
+    """The traffic of one model at a hosted API."""
+
+    name: str
+    """`provider/model`."""
+    size: str
+    """`small`, `large`, or empty where it is not known."""
+    usd_per_month: float
+    usd_per_request: float
+    break_even_requests: int | None
+    """Requests a month at which self-hosting costs the same; None: at no number."""
+    break_even_engines: int | None
+    """Engines that serve so many."""
+    verdict: str
+    """The same in words."""
+    price: str
+    """Where the price is from."""
+
+
+class ModelCost(Frozen):
+    """One model's part of the fleet, and what it gets for it. What rests on the engines' speed is an estimate."""
+
+    model: str
+    engines: int
+    requests_per_month: int
+    prompt_tokens: int
+    answer_tokens: int
+    capacity_requests_per_month: int
+    """Requests that its engines answer in a month without a pause."""
+    utilisation: float
+    """Traffic by capacity; more than 1: it cannot be served."""
+    usd_per_hour: float
+    usd_per_month: float
+    usd_per_mtok_input: float | None
+    """At that utilisation; None: no traffic."""
+    usd_per_mtok_output: float | None
+    error_percent: int
+    """Of capacity, utilisation and the break-even."""
+    measured: bool
+    """The speed is of a benchmark of this very configuration."""
+    hosted: tuple[HostedCost, ...]
+
+
+class CostPlan(Frozen):
+    """What the fleet costs, and what its traffic would cost elsewhere."""
+
+    usd_per_hour: float
+    usd_per_month: float
+    lines: tuple[CostLine, ...]
+    models: tuple[ModelCost, ...]
+    assumptions: tuple[str, ...]
+
+
+class Change(Frozen):
+    """What an edit changes against the plan that was deployed last."""
+
+    path: str
+    """`models.chat`, `pools.h100`, `cost` …"""
+    what: str
+
+
+class FitPlan(Frozen):
+    """How one engine uses the memory of its GPUs: predicted, on the one that has least room."""
+
+    budget_bytes: int
+    """Utilisation times the GPU's memory."""
+    weights_bytes: int
+    activation_bytes: int
+    non_torch_bytes: int
+    """CUDA context, libraries, NCCL."""
+    graph_bytes: int
+    """CUDA graphs."""
+    kv_bytes: int
+    """What is left for the KV cache."""
+    kv_bytes_per_token: int
+    """What one more token of a long sequence takes."""
+    kv_tokens: int
+    holds_full: float
+    """Requests of a full context that fit at once."""
+    holds_typical: int
+    """Usual requests that fit at once."""
+
+
+class EngineSetPlan(Frozen):
+    """The engines of one model on GPUs: all alike, and therefore not listed."""
+
+    model: str
+    pool: str
+    engines: int
+    gpu: str
+    """Key of the catalog."""
+    tensor_parallel_size: int
+    flags: tuple[str, ...]
+    """Arguments of `vllm serve` after the folder of the weights, without host and port."""
+    environment: tuple[tuple[str, str], ...]
+    fit: FitPlan
+    speed: SpeedPlan
+
+
+class ChoicePlan(Frozen):
+    """One way to serve a model, and what became of it."""
+
+    model: str
+    chosen: bool
+    gpu: str
+    quantization: Quantization
+    format: str | None
+    tensor_parallel_size: int
+    instance: str | None
+    nodes: int | None
+    engines: int
+    concurrency: int
+    output_tokens_s: float | None
+    """Of one engine."""
+    ttft_s: float | None
+    tpot_s: float | None
+    usd_per_hour: float | None
+    usd_per_mtok: float | None
+    """Of prompts and answers together."""
+    verdict: str
+    """Why it was chosen, or why not."""
+
+
 class Origin(Frozen):
     """Where a value came from, for `fleet plan --explain`."""
 
@@ -207,14 +468,24 @@ class FleetPlan(Frozen):
     agent: AgentPlan
     monitor: MonitorPlan
     timings: Timings
-    memory: MemoryPlan
+    memory: MemoryPlan | None
+    """Of the one machine of a local stack."""
+    region: str | None = None
+    """Of AWS."""
+    engine_sets: tuple[EngineSetPlan, ...] = ()
+    """On GPUs; `engines` is empty then."""
+    pools: tuple[PoolPlan, ...] = ()
+    aws: AwsTimings | None = None
+    kubernetes: KubernetesTimings | None = None
+    cost: CostPlan | None = None
+    choices: tuple[ChoicePlan, ...] = ()
     notices: tuple[Notice, ...] = ()
     origins: tuple[Origin, ...] = ()
 
     @property
     def digest(self) -> str:
         """SHA-256 of the plan as canonical JSON, without what only explains it."""
-        decided = self.model_dump(mode="json", exclude={"notices", "origins"})
+        decided = self.model_dump(mode="json", exclude={"notices", "origins", "choices"})
         return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
 
     def model(self, name: str) -> ModelPlan:

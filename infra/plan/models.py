@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from infra.findings import did_you_mean, show
+from infra.plan.entries import base_entry
 from infra.plan.ledger import gib
 from infra.plan.memory import Sizing
 from infra.plan.model import HostFacts, ModelPlan, Quantization
@@ -36,7 +37,7 @@ class ModelPlanner:
 
     def plan(self) -> tuple[ModelPlan, Sizing] | None:
         """The model's plan and the size of its engines; None if there are no weights to serve."""
-        base = self._base()
+        base = base_entry(self.name, self.wanted, self.lock, self.ledger)
         served = self._served(base) if base else None
         if base is None or served is None:
             return None
@@ -71,25 +72,9 @@ class ModelPlanner:
 
     # Weights.
 
-    def _base(self) -> str | None:
-        """The entry of the lock that the config names."""
-        at, entries = self._at("weights"), self.lock.models
-        fix = did_you_mean(self.wanted.weights or self.name, entries) if entries else "`fleet lock add` makes entries"
-        if self.wanted.weights is None and self.name not in entries:
-            self.ledger.refuse(at, f"is missing, and models.lock.yaml has no entry `{self.name}`", fix)
-            return None
-        if self.wanted.weights is None:
-            self.ledger.because(at, self.name, "the entry of models.lock.yaml with the model's own name")
-            return self.name
-        if self.wanted.weights not in entries:
-            self.ledger.refuse(at, f"models.lock.yaml has no entry {show(self.wanted.weights)}", fix)
-            return None
-        self.ledger.given(at, self.wanted.weights)
-        return self.wanted.weights
-
     def _served(self, base: str) -> str | None:
         """The entry that is served: the base, or what was made from it with as many bits as were asked for."""
-        if self.wanted.quantization != "none":
+        if self.wanted.quantization in {"8bit", "4bit"}:
             return self._quantized(base, self.wanted.quantization)
         format_ = self.lock.models[base].format
         if obstacle := self._obstacle(format_):

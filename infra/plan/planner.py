@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import TYPE_CHECKING
 
-from infra.catalog import vllm_cpu
-from infra.findings import show
+from infra.catalog import gpus as catalog_gpus
+from infra.catalog import hosted_prices, vllm_cpu
+from infra.catalog import instances as catalog_instances
+from infra.catalog.efficiency import efficiency
+from infra.catalog.gpu_start import gpu_start
+from infra.catalog.memory import memory_catalog
+from infra.catalog.services import services
+from infra.findings import did_you_mean, nearest, show
+from infra.plan.candidates import World
+from infra.plan.cost import priced
 from infra.plan.engines import names, plan_engines, step_tokens
 from infra.plan.gateway import plan_gateway, thresholds
+from infra.plan.gpu_fleet import GpuPlanner
+from infra.plan.hosted import hosted
 from infra.plan.ledger import Ledger
 from infra.plan.memory import plan_memory
 from infra.plan.model import AgentPlan, FleetPlan, HostFacts, MonitorPlan, Timings
 from infra.plan.models import ModelPlanner
 from infra.plan.ports import plan_ports
-from infra.plan.timings import Work, explain, timings
+from infra.plan.timings import explain, timings
+from infra.plan.work import on_cpu
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    from infra.benchmarks import Benchmark
+    from infra.catalog import Instance
     from infra.config import StackConfig
     from infra.plan.memory import Sizing
     from infra.weights.lock import WeightsLock
@@ -29,12 +43,13 @@ SHARED_FOLDERS = frozenset({"cache", "engines", "passphrase", "pulumi-home", "st
 """What else may be beside the stacks' folders."""
 
 
-def make_plan(
+def make_plan(  # noqa: PLR0913, PLR0917 - what a plan is made from
     stack: str,
     config: StackConfig,
     lock: WeightsLock,
-    host: HostFacts,
+    host: HostFacts | None,
     api_keys: Mapping[str, str],
+    benchmarks: Sequence[Benchmark] = (),
 ) -> FleetPlan:
     """Decide everything that a fleet needs to have decided.
 
@@ -42,16 +57,69 @@ def make_plan(
         stack: Name of the Pulumi stack.
         config: What the user wants.
         lock: The models that can be served.
-        host: The machine of a local stack.
+        host: The machine of a local stack; the other targets need none.
         api_keys: SHA-256 in hex of each API key, by its owner's name.
+        benchmarks: What was measured; it stands before what is estimated.
 
     Raises:
         ConfigError: It cannot be. Has all findings: those of the config and those of the planning.
     """
-    catalog = vllm_cpu()
     ledger = Ledger(list(config.findings))
+    region = config.region
     config = config.model_copy(update={"api_keys": dict(api_keys)})
     _check_name(stack, ledger)
+    if config.target == "local" and host is not None:
+        return _local(stack, config, lock, host, ledger)
+    return _on_gpus(stack, config, lock, region, benchmarks, ledger)
+
+
+def _on_gpus(  # noqa: PLR0913, PLR0917 - what a plan is made of
+    stack: str,
+    config: StackConfig,
+    lock: WeightsLock,
+    region: str | None,
+    benchmarks: Sequence[Benchmark],
+    ledger: Ledger,
+) -> FleetPlan:
+    instances = catalog_instances()
+    if config.target == "aws":
+        region = _region(region, instances, ledger)
+        for name in config.prices.instances:
+            if name not in instances:
+                ledger.refuse(f"prices.instances.{name}", "is not in the catalog", did_you_mean(name, instances))
+    engine = vllm_cpu()
+    world = World(
+        gpus=catalog_gpus(),
+        instances=priced(instances, config.prices.instances, region or ""),
+        region=(region or "") if config.target == "aws" else "",
+        lock=lock,
+        regime=memory_catalog().regime(engine.version),
+        efficiency=efficiency(),
+        start=gpu_start(),
+        benchmarks=benchmarks,
+    )
+    others = hosted(hosted_prices(), config.prices.hosted)
+    return GpuPlanner(stack, config, world, services(), others, engine.version, engine.tool_parsers, ledger).plan()
+
+
+def _region(region: str | None, instances: Mapping[str, Instance], ledger: Ledger) -> str:
+    """The region; the first that is known where the config's is not, so that the rest can be checked."""
+    offers = Counter(name for row in instances.values() for name in row.usd_per_hour)
+    known = sorted(offers, key=lambda name: (-offers[name], name))
+    if region is None:
+        others = ", ".join(known[1:])
+        ledger.refuse("aws:region", "is missing", f"add `aws:region: {known[0]}` beside the other keys, or {others}")
+        return known[0]
+    if region not in known:
+        near = nearest(region, known, least=0.8)
+        fix = f"did you mean `{near}`?" if near else f"one of: {', '.join(known)}"
+        ledger.refuse("aws:region", f"the catalog has no prices for {show(region)}", fix)
+        return near or known[0]
+    return region
+
+
+def _local(stack: str, config: StackConfig, lock: WeightsLock, host: HostFacts, ledger: Ledger) -> FleetPlan:
+    catalog = vllm_cpu()
     planned = {
         name: plan
         for name, wanted in config.models.items()
@@ -100,7 +168,7 @@ def _check_name(stack: str, ledger: Ledger) -> None:
 def _timings(models: Mapping[str, Sizing], config: StackConfig, ttft_p95_s: float, ledger: Ledger) -> Timings:
     catalog = vllm_cpu()
     works = [
-        Work(sizing, config.models[name].max_answer or sizing.context, step_tokens(sizing.concurrency), catalog)
+        on_cpu(sizing, config.models[name].max_answer or sizing.context, step_tokens(sizing.concurrency), catalog)
         for name, sizing in models.items()
     ]
     explained = explain(works, ttft_p95_s)

@@ -43,7 +43,8 @@ def plan_ports(stack: str, config: LocalConfig, engines: Sequence[str], ledger: 
     else:
         ledger.because("local.base-port", base, "default" if stack == DEFAULT_STACK else "from the name of the stack")
     if len(engines) > MAX_ENGINES:
-        ledger.refuse("models", f"{len(engines)} engines, and the ports of a stack are enough for {MAX_ENGINES}")
+        problem = f"{len(engines)} engines, and the ports of a stack are enough for {MAX_ENGINES}"
+        ledger.refuse("models", problem, f"at most {MAX_ENGINES} `engines` of all models together")
     chosen = config.ports.model_dump(by_alias=True)
     ports = {name: chosen[name] or base + offset for name, offset in SERVICES.items()}
     ports |= {engine: base + number for number, engine in enumerate(engines[:MAX_ENGINES], start=1)}

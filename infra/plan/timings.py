@@ -7,7 +7,6 @@ right; nobody may wait for longer than the one behind him. tests/unit/test_plan_
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from infra.plan.model import Timings
@@ -15,8 +14,8 @@ from infra.plan.model import Timings
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from infra.catalog import EngineCatalog
-    from infra.plan.memory import Sizing
+    from infra.catalog.gpu_start import GpuStart
+    from infra.plan.work import Work
 
 OUT_MS = 1500
 """An engine that is dead or stopped is out of rotation after so long."""
@@ -24,63 +23,26 @@ SLACK_MS = 100
 """What none of the parts of `OUT_MS` accounts for: processes that wake late."""
 AGENT_RESTART_MS = 2000
 """From the death of the agent until another process answers on its socket, which stays open meanwhile."""
-WARMUP_TOKENS = 16
-"""Longest answer of a warm-up request, rounded up."""
 LEAST_WARMUP_S = 30
 LEAST_WEDGED_S = 20
-READ_BYTES_S = 50_000_000
-"""Slowest disk that weights are read from."""
+HEAR_S = 10
+"""To hear of the beginning of something and of its end."""
+LONGEST_QUEUE_S = 120
 
+# AWS
 
-@dataclass(frozen=True)
-class Work:
-    """The largest honest request of one model on a slow machine. All in seconds, or tokens where it says so."""
-
-    sizing: Sizing
-    max_answer: int
-    """Tokens."""
-    step: int
-    """Tokens that one step of the engine computes at most."""
-    catalog: EngineCatalog
-
-    def _rate(self, measured: float) -> float:
-        """Tokens a second at worst: as measured, less for a larger model, and less by the margin."""
-        speed = self.catalog.speed
-        return measured * speed.parameters.value / self.sizing.entry.facts.parameters / speed.margin.value
-
-    @property
-    def prefill_rate(self) -> float:
-        """Tokens of prompts that one engine reads in a second."""
-        return self._rate(self.catalog.speed.prefill_tokens_s.value)
-
-    @property
-    def stream_rate(self) -> float:
-        """Tokens that one stream gets in a second: all streams share what the engine makes."""
-        speed = self.catalog.speed
-        shared = speed.decode_tokens_s.value / self.sizing.concurrency
-        return self._rate(min(shared, speed.stream_tokens_s.value))
-
-    @property
-    def silence(self) -> float:
-        """No token moves for so long: a prompt of a full context is read, and the step that was under way before it."""
-        return (self.sizing.context + self.step) / self.prefill_rate
-
-    @property
-    def generation(self) -> float:
-        """All prompts of a full batch are read, and then the longest answer is written."""
-        prompts = self.sizing.concurrency * self.sizing.context
-        return prompts / self.prefill_rate + self.max_answer / self.stream_rate
-
-    @property
-    def warmup(self) -> float:
-        """One warm-up request, as many at once as the engine takes."""
-        return self.silence + WARMUP_TOKENS / self.stream_rate
-
-    @property
-    def start(self) -> float:
-        """Processes start, twice as slowly as the slowest that was measured, and weights are read."""
-        return 2 * self.catalog.speed.start_s.value + self.sizing.entry.facts.weights_bytes / READ_BYTES_S
-
+HEARTBEAT_LIMIT_S = 7200
+"""Longest time-out of a lifecycle hook (API reference, PutLifecycleHook, 2026-11)."""
+DEREGISTRATION_LIMIT_S = 3600
+"""Longest deregistration delay of a target group (API reference, 2026-11)."""
+IDLE_RANGE_S = (60, 6000)
+"""Idle time-out of a TCP listener; a TLS listener has 350 s, fixed (Network Load Balancer guide, 2026-11)."""
+SPOT_NOTICE_S = 120
+"""From the notice to the end of a spot instance; best effort (EC2 guide, spot interruption notices, 2026-11)."""
+METADATA_POLL_S = 5
+"""How often AWS recommends to look for that notice (same page)."""
+DRAIN_LIMIT_S = DEREGISTRATION_LIMIT_S - LONGEST_QUEUE_S - 2 * HEAR_S
+"""Longest generation for which `deregistration_s` is long enough, whatever `queue_s` is."""
 
 Explained = tuple[int | str, str]
 """A value and the reason for it."""
@@ -93,15 +55,20 @@ def explain(works: Sequence[Work], ttft_p95_s: float) -> dict[str, Explained]:
 
 def timings(explained: Mapping[str, Explained]) -> Timings:
     """The timings without the reasons."""
-    return Timings.model_validate({name: value for name, (value, _) in explained.items()})
+    return Timings.model_validate(values(explained))
+
+
+def values(explained: Mapping[str, Explained]) -> dict[str, int | str]:
+    """What was explained, without the reasons."""
+    return {name: value for name, (value, _) in explained.items()}
 
 
 def _generation(works: Sequence[Work], ttft_p95_s: float) -> dict[str, Explained]:
     longest = math.ceil(max(work.generation for work in works))
-    drain = max(longest, _wedged(works)) + 10
+    drain = max(longest, _wedged(works)) + HEAR_S
     server = drain + 10
     shutdown = 30
-    queue = round(min(120, max(10, 6 * ttft_p95_s)))
+    queue = round(min(LONGEST_QUEUE_S, max(10, 6 * ttft_p95_s)))
     return {
         "longest_generation_s": (
             longest,
@@ -180,3 +147,97 @@ def _rest() -> dict[str, Explained]:
         "alert_window_s": (6 * scrape, "six scrapes: one that is lost starts no alert and ends none"),
         "retention": ("7d", "a week to look back on one machine"),
     }
+
+
+def queue_length(requests_s: float, queue_s: int) -> int:
+    """Requests that may wait for a model, of which its engines together answer so many in a second.
+
+    Who comes last is served within `queue_s`: length / rate <= queue_s. A longer queue would only let him wait in vain.
+    """
+    return max(1, int(requests_s * queue_s))
+
+
+# Targets whose machines come and go
+
+
+def explain_aws(t: Timings, node_weights_bytes: int, facts: GpuStart) -> dict[str, Explained]:
+    """What only AWS has.
+
+    Args:
+        t: The fleet's timings.
+        node_weights_bytes: What one node has to fetch at most before its engines start.
+        facts: The catalog's.
+    """
+    boot, fetch = facts.boot_s.value, math.ceil(node_weights_bytes / facts.fetch_bytes_s.value)
+    launch = min(boot + fetch + t.start_s + 60, HEARTBEAT_LIMIT_S)
+    ttl = 10
+    return {
+        "drain_hook_s": (
+            min(t.drain_s + t.stop_s + 60, HEARTBEAT_LIMIT_S),
+            "heartbeat of an engine node's terminate hook: drain, stop, and a minute to say so; AWS allows 7200 s",
+        ),
+        "gateway_hook_s": (
+            min(t.gateway_stop_s + 60, HEARTBEAT_LIMIT_S),
+            "the same of a gateway: its streams finish, and a minute to say so",
+        ),
+        "launch_hook_s": (
+            launch,
+            f"boot {boot} s, weights over a slow network {fetch} s, start {t.start_s} s, a minute; AWS allows 7200 s",
+        ),
+        "health_grace_s": (
+            launch,
+            "as launch_hook_s: a node that is still starting is not unhealthy",
+        ),
+        "instance_warmup_s": (
+            ttl + math.ceil(t.check_rise * t.check_ms / 1000) + HEAR_S,
+            "a gateway finds the new node and checks it; only then may the next one go (else AWS takes health_grace_s)",
+        ),
+        "deregistration_s": (
+            min(t.gateway_stop_s + HEAR_S, DEREGISTRATION_LIMIT_S),
+            "the load balancer keeps the connections of a gateway that leaves until it has finished; AWS allows 3600 s",
+        ),
+        "idle_s": (
+            max(IDLE_RANGE_S[0], min(t.client_s + 10, IDLE_RANGE_S[1])),
+            "the load balancer forgets silent connections: later than the gateway does; AWS allows 60 to 6000 s",
+        ),
+        "dns_ttl_s": (ttl, "so long a new engine waits to be found; one that leaves is out by the gateway's check"),
+        "metadata_poll_s": (METADATA_POLL_S, "how often the agent looks for a spot notice: as AWS recommends"),
+        "spot_drain_s": (
+            min(t.drain_s, SPOT_NOTICE_S - METADATA_POLL_S - HEAR_S),
+            f"the notice comes {SPOT_NOTICE_S} s before the end and is seen {METADATA_POLL_S} s later; 10 s to end",
+        ),
+    }
+
+
+def explain_kubernetes(t: Timings, node_weights_bytes: int, facts: GpuStart) -> dict[str, Explained]:
+    """What only Kubernetes has. Arguments as of `explain_aws`."""
+    pull, fetch = facts.image_pull_s.value, math.ceil(node_weights_bytes / facts.fetch_bytes_s.value)
+    grace = t.drain_s + t.stop_s + HEAR_S
+    period = 5
+    return {
+        "grace_s": (grace, "terminationGracePeriodSeconds of engines: drain, stop, and 10 s; then comes SIGKILL"),
+        "gateway_grace_s": (t.gateway_stop_s + HEAR_S, "the same of gateways: their streams finish, and 10 s"),
+        "readiness_period_s": (
+            1,
+            "the shortest there is; it is the gateway's own check that takes a dead engine out",
+        ),
+        "readiness_timeout_s": (
+            math.ceil(t.check_timeout_ms / 1000),
+            "as the gateway's check: outlasts the agent's restart",
+        ),
+        "startup_period_s": (period, "soon enough to go on, at next to no load"),
+        "startup_failures": (math.ceil(t.start_s / period) + 1, "periods until start_s has passed, and one"),
+        "progress_s": (
+            grace + pull + fetch + t.start_s,
+            f"progressDeadlineSeconds: the old pod leaves first; then image {pull} s, weights {fetch} s, and start_s",
+        ),
+    }
+
+
+def min_healthy_percent(nodes: int) -> int:
+    """Instance refresh's MinHealthyPercentage that lets one node go, together with MaxHealthyPercentage 100.
+
+    Never a spare GPU: with 100 AWS would launch the new node before it ends the old one. AWS rounds the count up and
+    knows whole per cent only, so that from 200 nodes on one in a hundred goes at once.
+    """
+    return 100 * (nodes - 1) // nodes

@@ -120,12 +120,86 @@ def test_a_plan_that_does_not_fit(place: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "do not fit" in error
 
 
-@pytest.mark.parametrize("target", ["aws", "kubernetes"])
-def test_targets_of_later(place: Path, target: str) -> None:
-    configure(place, {**GOOD, "target": target})
+AWS = {
+    "target": "aws",
+    "models": {"chat": {"weights": "llama-3.1-8b-instruct"}},
+    "pools": {"h100": {"gpu": "h100-80gb"}},
+}
+
+
+def configure_aws(place: Path, **more: object) -> None:
+    """A stack on GPUs, with the lock of this repository."""
+    whole = {f"vllm-fleet:{key}": value for key, value in {**AWS, **more}.items()}
+    (place / "Pulumi.local.yaml").write_text(json.dumps({"config": whole | {"aws:region": "us-east-1"}}))
+
+
+@pytest.fixture
+def own_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock of this repository."""
+    monkeypatch.setattr(weights, "load", lock.load)
+
+
+@pytest.mark.usefixtures("own_lock")
+def test_a_plan_on_gpus(place: Path) -> None:
+    configure_aws(place)
+    code, output, error = run("plan")
+    assert code == 0, error
+    assert "on aws us-east-1" in output
+    assert "does it fit" in output
+    assert "a month" in output.splitlines()[0]
+    assert "choices for chat" not in output
+
+
+@pytest.mark.usefixtures("own_lock")
+def test_a_plan_explained(place: Path) -> None:
+    configure_aws(place)
+    code, output, _ = run("plan", "--explain")
+    assert code == 0
+    assert "choices for chat" in output
+    assert "chosen" in output
+    assert "pools.h100.instance" in output
+
+
+@pytest.mark.usefixtures("own_lock")
+def test_a_plan_for_programs(place: Path) -> None:
+    configure_aws(place)
+    code, output, _ = run("plan", "--json")
+    assert code == 0
+    made = json.loads(output)
+    assert made["pools"][0]["name"] == "h100"
+    assert made["choices"][0]["chosen"]
+
+
+@pytest.mark.usefixtures("own_lock")
+def test_a_plan_over_budget(place: Path) -> None:
+    configure_aws(place, budget={"usd_per_hour": 1})
     code, _, error = run("plan")
     assert code == 1
-    assert f"{target}: not available yet" in error
+    assert "budget.usd_per_hour: the fleet costs" in error
+
+
+@pytest.mark.usefixtures("own_lock")
+def test_a_plan_against_what_is_deployed(place: Path, tmp_path: Path) -> None:
+    configure_aws(place)
+    deployed = tmp_path / "deployed.json"
+    deployed.write_text(run("plan", "--json")[1])
+    assert "no change" in run("plan", "--against", str(deployed))[1]
+    configure_aws(place, models={"chat": {"weights": "llama-3.1-8b-instruct", "context": 4096, "engines": 3}})
+    output = run("plan", "--against", str(deployed))[1]
+    assert "context 8,192 → 4,096" in output
+    deployed.write_text("[]")
+    code, _, error = run("plan", "--against", str(deployed))
+    assert code == 1
+    assert "is no plan" in error
+
+
+@pytest.mark.usefixtures("own_lock")
+def test_fit(tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("model,gpu\nllama-3.1-8b-instruct,H100\nnobody,H100\n")
+    code, _, error = run("fit", "--csv", str(tmp_path / "in.csv"), "--out", str(tmp_path / "out.csv"))
+    assert code == 0
+    assert "1 of 2 rows predicted" in error
+    assert run("fit", "--csv", str(tmp_path / "none.csv"), "--out", str(tmp_path / "out.csv"))[0] == 1
 
 
 def test_lock_list(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,14 +228,19 @@ def test_lock_add_refuses_what_is_no_source() -> None:
 
 
 def test_lock_add(monkeypatch: pytest.MonkeyPatch) -> None:
-    def add(source: str, name: str | None, say: Any) -> tuple[str, Any]:
-        say(f"asked for {source}")
+    def add(source: str, name: str | None, *, variant_of: str | None, say: Any) -> tuple[str, Any]:
+        say(f"asked for {source}, a variant of {variant_of}")
         return name or "small", a_lock().models["small"]
 
     monkeypatch.setattr(weights, "add", add)
-    code, output, error = run("lock", "add", "hf://org/name", "--name", "mine")
-    assert (code, error) == (0, "asked for hf://org/name\n")
+    code, output, error = run("lock", "add", "hf://org/name", "--name", "mine", "--variant-of", "base")
+    assert (code, error) == (0, "asked for hf://org/name, a variant of base\n")
     assert output == "mine: bf16, 1 files, licence Apache-2.0\n"
+
+
+def test_lock_fill(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "fill", lambda name, *, say: (say("asked"), (name, a_lock().models["small"]))[1])
+    assert run("lock", "fill", "mine") == (0, "mine: bf16, 1 files, licence Apache-2.0\n", "asked\n")
 
 
 def test_schema(place: Path) -> None:
