@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from infra.status import Status
+    from infra.weights.lock import LockEntry
 
 DEFAULT_STACK = "local"
 PIPED_WIDTH = 200
@@ -61,8 +63,12 @@ def _group(about: str) -> typer.Typer:
 app = _group("Look at a stack: what its config becomes, and how it runs. `pulumi up` changes it.")
 lock = _group("The models that stacks can name: stacks/models.lock.yaml.")
 keys = _group("The API keys of a stack.")
+catalog = _group("What plans rest on: GPUs, instance types, prices (infra/catalog).")
+prices = _group("The prices in the catalog.")
 app.add_typer(lock, name="lock")
 app.add_typer(keys, name="keys")
+app.add_typer(catalog, name="catalog")
+app.add_typer(prices, name="prices")
 
 
 def _stack_name(name: str) -> str:
@@ -126,26 +132,93 @@ def plan(
     stack: Stack = DEFAULT_STACK,
     *,
     as_json: Json = False,
-    explain: Annotated[bool, typer.Option("--explain", help="Where each value comes from.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="What else was looked at, and where each value comes from.")
+    ] = False,
+    against: Annotated[
+        typer.FileText | None,
+        typer.Option(
+            help="What is deployed: the file, or - for standard input, with `pulumi stack output plan --json`."
+        ),
+    ] = None,
 ) -> None:
-    """What the stack's config becomes, and whether this machine can hold it. Changes nothing.
+    """What the stack's config becomes: does it fit, on what, with which flags, at what price. Changes nothing.
 
     Exit code 0: it can be, notices included. 1: it cannot; every finding is on standard error.
     """
     from infra import weights
-    from infra.keys import for_plan
-    from infra.plan import make_plan
-    from infra.stack_file import load_stack_file, stack_file
-    from infra.targets.local.host import read_host
+    from infra.planning import plan_stack_file
 
-    config = load_stack_file(stack_file(stack))
-    made = make_plan(stack, config, weights.load(), read_host(), for_plan(stack, config))
+    made = plan_stack_file(stack, weights.load())
+    old = _deployed_plan(against) if against else None
     if as_json:
         typer.echo(made.model_dump_json(indent=1))
         return
-    from infra import show
+    from infra import show_plan
 
-    _show(show.plan(made, explain=explain))
+    _show(show_plan.plan(made, explain=explain))
+    if old is not None:
+        from infra import show_cost
+        from infra.plan.delta import delta
+
+        _show(show_cost.changes(delta(old, made)))
+
+
+def _deployed_plan(file: typer.FileText) -> dict[str, Any]:
+    try:
+        plan = json.load(file)
+    except ValueError as error:
+        plan = str(error)
+    if not isinstance(plan, dict):
+        fix = "`pulumi stack output plan --json` writes it"
+        raise ConfigError([Finding("--against", f"is no plan: {plan}", fix)])
+    return plan
+
+
+@app.command()
+def fit(
+    source: Annotated[Path, typer.Option("--csv", help="Table of engines, as they stand in vLLM's start-up logs.")],
+    target: Annotated[Path, typer.Option("--out", help="Where the same table goes, with predictions.")],
+    configs: Annotated[
+        Path | None,
+        typer.Option("--configs", help="Folder of config.json files, org__name.json, of models that the lock lacks."),
+    ] = None,
+) -> None:
+    """Predict for many engines at once whether they fit, and how many tokens their KV cache holds.
+
+    Adds the columns predicted_outcome, predicted_kv_tokens, predicted_max_concurrency and others. A row that does not
+    say enough has the reason in predicted_note.
+    """
+    from infra import weights
+    from infra.fit_csv import predict_file
+
+    rows, predicted = predict_file(source, target, configs, weights.load())
+    _say(f"{predicted} of {rows} rows predicted, in {target}")
+
+
+@app.command()
+def compare(
+    requests: Annotated[int, typer.Option(min=1, help="In a month.")] = 100_000,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of one request.")] = 1155,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Of one request.")] = 211,
+    region: Annotated[str, typer.Option(help="Of AWS.")] = "us-east-1",
+    *,
+    as_json: Json = False,
+) -> None:
+    """What a month's requests cost: hosted models, a 70B on an H100, an 8B on an A100; and what all that assumes.
+
+    Exit code 1: the region has no such GPU, or the requests are too long for it.
+    """
+    from infra import compare as example
+    from infra import weights
+
+    found = example.compare(weights.load(), requests, prompt_tokens, answer_tokens, region)
+    if as_json:
+        typer.echo(found.model_dump_json(indent=1))
+        return
+    from infra import show_cost
+
+    _show(show_cost.comparison(found))
 
 
 @app.command()
@@ -270,7 +343,10 @@ def lock_list() -> None:
 
 @lock.command("check")
 def lock_check() -> None:
-    """Compare what this machine has of the models with the lock, every byte. Exit code 1 if a file differs."""
+    """Compare what this machine has of the models with the lock, every byte. Exit code 1 if a file differs.
+
+    Names the entries that have no digests yet; that is no difference.
+    """
     from infra import weights
 
     if findings := weights.check(weights.load(), _say):
@@ -279,13 +355,29 @@ def lock_check() -> None:
 
 @lock.command("add")
 def lock_add(
-    source: Annotated[str, typer.Argument(help="hf://org/name, hf://org/name@revision or file:///folder")],
-    name: Annotated[str | None, typer.Option("--name", help="Default: the repository's or folder's own.")] = None,
+    source: Annotated[
+        str, typer.Argument(help="hf://org/name, hf://org/name@revision, s3://bucket/prefix or file:///folder")
+    ],
+    name: Annotated[str | None, typer.Option("--name", help="Default: the last part of the source.")] = None,
+    variant_of: Annotated[
+        str | None, typer.Option("--variant-of", help="The entry that it is a quantised edition of.")
+    ] = None,
 ) -> None:
     """Lock a model: its commit, and size and SHA-256 of every file. Replaces an entry of the same name."""
     from infra import weights
 
-    name, entry = weights.add(source, name, say=_say)
+    _say_locked(*weights.add(source, name, variant_of=variant_of, say=_say))
+
+
+@lock.command("fill")
+def lock_fill(name: Annotated[str, typer.Argument(help="An entry with `digests: unknown`.")]) -> None:
+    """Ask an entry's own source for the digests that the lock lacks. Until then it can be planned with only."""
+    from infra import weights
+
+    _say_locked(*weights.fill(name, say=_say))
+
+
+def _say_locked(name: str, entry: LockEntry) -> None:
     typer.echo(f"{name}: {entry.format}, {len(entry.files)} files, licence {entry.licence}")
 
 
@@ -338,6 +430,49 @@ def keys_revoke(
     _say(f"{name} is out of {stack_file(stack)}; the key works until `pulumi up -s {stack}`.")
     if not load_stack_file(stack_file(stack)).api_keys:
         _say("It was the last one: from then on the stack's own key works again (`fleet keys list`).")
+
+
+# The catalog.
+
+
+@catalog.command("check")
+def catalog_check() -> None:
+    """Everything that is wrong with the catalog's files, at once. Exit code 1 if something is; old prices are none."""
+    from datetime import UTC, datetime
+
+    from infra.catalog.check import check, summary
+
+    findings, warnings = check(datetime.now(UTC).date())
+    for warning in warnings:
+        _say(f"warning: {warning}")
+    if findings:
+        raise ConfigError(findings)
+    from rich.table import Table
+
+    table = Table(*("file", "facts", "oldest", "newest"), title="the catalog is in order", title_justify="left")
+    for name, count, oldest, newest in summary():
+        table.add_row(name, str(count), oldest, newest)
+    _show(table)
+
+
+@prices.command("refresh")
+def prices_refresh(
+    regions: Annotated[
+        list[str] | None, typer.Option("--region", help="Only this one; can be given several times. [default: all]")
+    ] = None,
+) -> None:
+    """Ask AWS what the catalog's instance types cost on demand, and write what has changed into the catalog."""
+    from datetime import UTC, datetime
+
+    from infra.prices import refresh
+
+    done = refresh(datetime.now(UTC).date(), regions or (), _say)
+    for change in done.changes:
+        old = "none" if change.old is None else change.old
+        typer.echo(f"{change.name} in {change.region}: {old} -> {change.new} USD per hour")
+    for kept in done.kept:
+        _say(f"warning: {kept}")
+    _say(f"prices changed: {len(done.changes)}, as they were: {done.confirmed}, not known to AWS: {len(done.kept)}")
 
 
 def main() -> None:

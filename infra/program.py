@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+from typing import TYPE_CHECKING, Any
 
 import pulumi
 
 from infra import config, weights
-from infra.plan import make_plan
+from infra.findings import ConfigError, Finding
+from infra.plan.delta import delta, kept
+from infra.planning import plan_config
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from infra.plan.model import FleetPlan
+
+PLAN = "plan"
+"""Stack output: what the next edit is compared with."""
+WIDTH = 160
+"""Columns of tables in Pulumi's output."""
 
 
 def run(stack: str) -> None:
@@ -18,11 +32,44 @@ def run(stack: str) -> None:
         ConfigError: the config, the lock or this machine cannot give what is asked; it holds every finding.
     """
     wanted = config.from_pulumi(json.loads(os.environ.get("PULUMI_CONFIG", "{}")))
-    # A target's SDK is slow to import, and may not be installed: only the one that is used.
-    from infra.targets.local import deploy, host  # noqa: PLC0415
-
     lock = weights.load()
-    plan = make_plan(stack, wanted, lock, host.read_host(), wanted.api_keys or host.default_api_keys(stack))
+    if wanted.target == "local":
+        # A target's SDK is slow to import, and may not be installed: only the one that is used.
+        from infra.targets.local import deploy, host  # noqa: PLC0415
+
+        plan = plan_config(stack, wanted, lock, wanted.api_keys or host.default_api_keys(stack))
+        _tell(plan)
+        weights.require_digests(lock, {model.name: model.weights for model in plan.models})
+        deploy.deploy(plan, lock)
+    else:
+        plan = plan_config(stack, wanted, lock, wanted.api_keys)
+        _tell(plan)
+        fix = "`fleet plan` and `pulumi preview` say what it will be and cost; this version deploys to: local"
+        raise ConfigError([Finding("target", f"{plan.target}: not available yet", fix)])
+    pulumi.export(PLAN, kept(plan))
+
+
+def _tell(plan: FleetPlan) -> None:
+    """What `fleet plan` shows, and what is another way than it was deployed last."""
     for notice in plan.notices:
         pulumi.log.warn(f"{notice.path}: {notice.message}")
-    deploy.deploy(plan, lock)
+    if not pulumi.runtime.is_dry_run():
+        return
+    from infra import show_cost, show_plan  # noqa: PLC0415 - rich is not needed where nothing is shown
+
+    pulumi.log.info(_text(show_plan.plan(plan, explain=False)))
+
+    def compare(old: Any) -> None:
+        if old is not None:
+            pulumi.log.info(_text(show_cost.changes(delta(old, plan))))
+
+    name = f"{pulumi.get_organization()}/{pulumi.get_project()}/{pulumi.get_stack()}"
+    pulumi.StackReference(name).get_output(PLAN).apply(compare)
+
+
+def _text(view: RenderableType) -> str:
+    from rich.console import Console  # noqa: PLC0415 - as above
+
+    out = io.StringIO()
+    Console(file=out, width=WIDTH, markup=False, highlight=False).print(view)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip()

@@ -1,4 +1,4 @@
-"""The plan and the state of a stack as tables in a terminal."""
+"""The state of a stack as tables in a terminal."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from rich.table import Table
 from rich.text import Text
 
 from infra.deployed import command_to_deploy
-from infra.plan.ledger import gib
-from infra.plan.model import FleetPlan
 from infra.status import READY, EngineStatus, ServiceStatus, Status
 from infra.weights import cache
 from infra.weights.lock import WeightsLock
@@ -19,66 +17,12 @@ from infra.weights.progress import size
 NONE = "-"
 BAD, GOOD, DIM = "bold red", "green", "dim"
 NUMBERS = frozenset(
-    {"concurrency", "context", "engines", "in flight", "KV cache", "memory", "port", "size", "starts", "tokens/s"}
+    {
+        *("concurrency", "context", "engines", "in flight", "KV cache", "memory", "port", "size", "starts", "tokens/s"),
+        *("activations", "all/h", "CUDA and NCCL", "graphs", "KV tokens", "/Mtok", "of", "TPOT", "TTFT", "zones"),
+    }
 )
 """Columns that are aligned to the right."""
-
-
-def plan(plan: FleetPlan, *, explain: bool) -> RenderableType:
-    """What was decided; with `explain`, why."""
-    parts: list[RenderableType] = [
-        Text(f"stack {plan.stack} on {plan.target}, vLLM {plan.vllm_version}: fits", style="bold"),
-        _models(plan),
-        _engines_and_ports(plan),
-        _memory(plan),
-    ]
-    if plan.notices:
-        parts.append(_table("notices", ("at", "notice"), ((notice.path, notice.message) for notice in plan.notices)))
-    if explain:
-        rows = ((origin.path, origin.value, origin.because) for origin in plan.origins)
-        parts.append(_table("where values come from", ("value of", "is", "because"), rows))
-    return _spaced(parts)
-
-
-def _models(plan: FleetPlan) -> Table:
-    columns = (
-        *("model", "weights", "format", "computes in", "context", "concurrency"),
-        *("KV cache", "memory", "engines"),
-    )
-    rows = (
-        (
-            *(model.name, model.weights, model.format, model.dtype, str(model.context), str(model.concurrency)),
-            *(gib(model.kv_cache_bytes), gib(model.engine_memory_bytes), str(len(plan.engines_of(model.name)))),
-        )
-        for model in plan.models
-    )
-    return _table("models (KV cache and memory: of each engine)", columns, rows)
-
-
-def _engines_and_ports(plan: FleetPlan) -> Table:
-    rows = [(f"engine {engine.name}", f"{engine.port}", f"model {engine.model}") for engine in plan.engines]
-    keys = ", ".join(name for name, _ in plan.gateway.keys)
-    rows += [
-        ("gateway", f"{plan.gateway.port}", f"http://{plan.gateway.bind}:{plan.gateway.port}/v1, API keys: {keys}"),
-        ("gateway statistics", f"{plan.gateway.stats_port}", ""),
-        ("agent", f"{plan.agent.port}", ""),
-        ("prometheus", f"{plan.monitor.prometheus_port}", f"keeps samples for {plan.timings.retention}"),
-        ("alertmanager", f"{plan.monitor.alertmanager_port}", ""),
-        ("grafana", f"{plan.monitor.grafana_port}", "if it is installed"),
-    ]
-    return _table("engines and servers", ("server", "port", ""), rows)
-
-
-def _memory(plan: FleetPlan) -> Table:
-    memory = plan.memory
-    rows = (
-        ("engines", gib(memory.engines)),
-        ("gateway and monitoring", gib(memory.services)),
-        ("total", gib(memory.total)),
-        ("this machine can give", gib(memory.available)),
-        ("left", gib(memory.available - memory.total)),
-    )
-    return _table("does it fit (estimates)", ("", "memory"), rows)
 
 
 def status(status: Status) -> RenderableType:
@@ -92,14 +36,14 @@ def status(status: Status) -> RenderableType:
     )
     parts: list[RenderableType] = [
         title,
-        _table("", columns, (_engine(engine) for engine in status.engines)),
-        _table("", ("server", "", "port", ""), (_service(service) for service in status.services)),
+        table("", columns, (_engine(engine) for engine in status.engines)),
+        table("", ("server", "", "port", ""), (_service(service) for service in status.services)),
     ]
     remarks = [Text(problem, style=BAD) for problem in status.problems]
     remarks += [Text(engine.note, style="yellow") for engine in status.engines if engine.note]
     if status.nothing_runs:
         remarks.append(Text(f"Nothing of it runs, as after a reboot: {command_to_deploy(status.stack)} starts it."))
-    return _spaced([*parts, Group(*remarks)] if remarks else parts)
+    return spaced([*parts, Group(*remarks)] if remarks else parts)
 
 
 def _engine(engine: EngineStatus) -> tuple[str | Text, ...]:
@@ -129,15 +73,16 @@ def weights(lock: WeightsLock) -> RenderableType:
     rows = (
         (
             *(name, entry.format, size(entry.size), entry.licence),
-            "yes" if cache.place(name, lock).folder.is_dir() else "no",
+            "digests unknown" if lock.unknown(name) else "yes" if cache.place(name, lock).folder.is_dir() else "no",
             entry.source or f"made here from {entry.made_from}",
         )
         for name, entry in lock.models.items()
     )
-    return _table("", ("entry", "format", "size", "licence", "in the cache", "source"), rows)
+    return table("", ("entry", "format", "size", "licence", "in the cache", "source"), rows)
 
 
-def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str | Text]]) -> Table:
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str | Text]]) -> Table:
+    """Rows under a title, without lines: they can be copied."""
     table = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for column in columns:
         table.add_column(column, header_style=DIM, justify="right" if column in NUMBERS else "left", overflow="fold")
@@ -146,7 +91,8 @@ def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str | Tex
     return table
 
 
-def _spaced(parts: Iterable[RenderableType]) -> Group:
+def spaced(parts: Iterable[RenderableType]) -> Group:
+    """One after the other, with an empty line after each."""
     return Group(*(line for part in parts for line in (part, "")))
 
 

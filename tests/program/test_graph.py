@@ -87,8 +87,24 @@ def test_a_machine_carries_its_whole_bundle_and_no_secret(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("target", ["aws", "kubernetes"])
-def test_targets_to_come_say_so_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, target: str) -> None:
+def test_targets_to_come_are_planned_and_not_deployed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, target: str
+) -> None:
+    config = {
+        "aws:region": "us-east-1",
+        "vllm-fleet:target": target,
+        "vllm-fleet:models": json.dumps({"chat": {"weights": "llama-3.1-8b-instruct"}}),
+        "vllm-fleet:pools": json.dumps({"gpus": {"gpu": "h100-80gb"}}),
+    }
     monkeypatch.setenv("FLEET_DIR", str(tmp_path))
-    monkeypatch.setenv("PULUMI_CONFIG", json.dumps({**CONFIG, "vllm-fleet:target": target}))
+    monkeypatch.setenv("PULUMI_CONFIG", json.dumps(config))
     with pytest.raises(ConfigError, match=f"{target}.*not available yet"):
         program.run("local")
+
+
+def test_the_plan_is_an_output_to_compare_the_next_one_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    exported: dict[str, Any] = {}
+    monkeypatch.setattr(pulumi, "export", exported.__setitem__)
+    deploy(monkeypatch, tmp_path, CONFIG)
+    assert exported["plan"]["models"][0]["name"] == "chat"
+    assert "timings" not in exported["plan"]

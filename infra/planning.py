@@ -1,0 +1,42 @@
+"""Everything that a plan is made from, read where it is: the pure planner gets it handed in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from infra import benchmarks
+from infra.catalog import gpus, vllm_cpu
+from infra.keys import for_plan
+from infra.plan import make_plan
+from infra.stack_file import load_stack_file, stack_file
+
+if TYPE_CHECKING:
+    from infra.config import StackConfig
+    from infra.plan.model import FleetPlan
+    from infra.weights.lock import WeightsLock
+
+
+def plan_stack_file(stack: str, lock: WeightsLock) -> FleetPlan:
+    """The plan of a stack file, without Pulumi.
+
+    Raises:
+        ConfigError: There is no such file, or it cannot be; it holds every finding.
+    """
+    config = load_stack_file(stack_file(stack))
+    keys = for_plan(stack, config) if config.target == "local" else config.api_keys
+    return plan_config(stack, config, lock, keys)
+
+
+def plan_config(stack: str, config: StackConfig, lock: WeightsLock, api_keys: Mapping[str, str]) -> FleetPlan:
+    """The plan of a config, with what this machine and its files say.
+
+    Raises:
+        ConfigError: As `plan_stack_file`.
+    """
+    if config.target == "local":
+        from infra.targets.local.host import read_host  # noqa: PLC0415 - only local needs the machine
+
+        return make_plan(stack, config, lock, read_host(), api_keys)
+    measured = benchmarks.load(lock, gpus(), vllm_cpu().version)
+    return make_plan(stack, config, lock, None, api_keys, measured)
