@@ -134,7 +134,8 @@ class Agent:
                 if any(not running(process) for process in self.parts.get(engine.name, ())):
                     self.parts.pop(engine.name)
                     states = {row.state for row in await asyncio.to_thread(self.supervisor.of, engine.name)}
-                    if "STOPPING" not in states:  # else it ends its parts itself, after they have finished
+                    # One that is told to stop ends its parts itself, and may be gone by now.
+                    if states & {"STARTING", "RUNNING"}:
                         engine.probed("refused", time.monotonic())
                         self._end(engine, "one of its processes died")
 
