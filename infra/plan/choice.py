@@ -63,7 +63,17 @@ class Choice:
 
 
 def choose(ask: Ask, allowed: Limits, pool: PoolConfig, world: World) -> Choice:
-    """The best candidate that the stack file allows; it has an obstacle if none can be."""
+    """The best candidate that the stack file allows, beside all others; it has an obstacle if none can be."""
+    inside = ranked(ask, allowed, pool, world)
+    free = pool.model_copy(update={"gpu": None, "instance": None, "nodes": "auto"})
+    everything = candidates(ask, free, world, tuple(world.gpus)) if world.region else []
+    outside = [found for found in everything if not allowed.allow(found)]
+    others = sorted([*inside[1:], *outside], key=lambda found: (rank(found), -found.stage))
+    return Choice(ask, inside[0], others, allowed)
+
+
+def ranked(ask: Ask, allowed: Limits, pool: PoolConfig, world: World) -> list[Candidate]:
+    """What the stack file allows, best first; the first has an obstacle if none can be."""
     inside = [
         evaluate(ask, pool, world, level, gpu, size)
         for gpu in allowed.gpus
@@ -74,11 +84,7 @@ def choose(ask: Ask, allowed: Limits, pool: PoolConfig, world: World) -> Choice:
     inside.sort(key=lambda found: (rank(found), -found.stage))
     if inside[0].obstacle:
         inside.sort(key=_hopeful)
-    free = pool.model_copy(update={"gpu": None, "instance": None, "nodes": "auto"})
-    everything = candidates(ask, free, world, tuple(world.gpus)) if world.region else []
-    outside = [found for found in everything if not allowed.allow(found)]
-    others = sorted([*inside[1:], *outside], key=lambda found: (rank(found), -found.stage))
-    return Choice(ask, inside[0], others, allowed)
+    return inside
 
 
 def _hopeful(found: Candidate) -> tuple[int, bool, int]:

@@ -12,6 +12,7 @@ from infra.plan.budget import check_budget
 from infra.plan.candidates import World
 from infra.plan.capacity import check_drain, note_spot
 from infra.plan.choice import explain as explain_choice
+from infra.plan.choice import limits, ranked
 from infra.plan.cost import Rented, Served, Traffic, capacity, host_rent, note_overload, plan_cost, pool_rent
 from infra.plan.engines import OFFLINE, gpu_flags
 from infra.plan.gateway import plan_gateway, thresholds
@@ -234,12 +235,11 @@ class GpuPlanner:
         """The GPU on which the models of a pool cost least together."""
 
         def price(gpu: str) -> tuple[int, float]:
-            quiet = type(self.ledger)([])
             found = [
-                choose_model(ask, self.config.models[name], (gpu,), pool.wanted, self.world, quiet)
+                ranked(ask, limits(self.config.models[name], (gpu,)), pool.wanted, self.world)[0]
                 for name, ask in pool.asks.items()
             ]
-            costs = [one.best.usd_per_hour or 0.0 for one in found if one]
+            costs = [best.usd_per_hour or 0.0 for best in found if not best.obstacle]
             return -len(costs), sum(costs)
 
         return min(gpus, key=price)

@@ -222,3 +222,12 @@ def test_credentials_are_found_wherever_they_are() -> None:
 def test_what_is_encrypted_is_not_in_plain_text() -> None:
     config = parse(copy.deepcopy(GPUS) | {"hf-token": {"secure": "v1:abc"}})
     assert [(finding.path, finding.problem) for finding in config.findings] == [("hf-token", "unknown key")]
+
+
+def test_a_key_that_looks_like_pydantic_s_mark_is_a_key() -> None:
+    config = parse({"target": "local", "models": {"small": {"[key]": 1}, "[key]": {}}, "[key]": []})
+    assert [(finding.path, finding.problem) for finding in config.findings] == [
+        ("[key]", "unknown key"),
+        ("models.[key]", "cannot be a name"),
+        ("models.small.[key]", "unknown key"),
+    ]
