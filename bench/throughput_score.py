@@ -26,7 +26,7 @@ from infra.catalog.efficiency import Constant, Efficiency, efficiency
 from infra.paths import ROOT, shared_dir
 from infra.plan.roofline import Engine
 from infra.plan.throughput import Load, steady_state
-from infra.weights.facts import facts_from_config
+from infra.weights.config_json import facts_from_config
 
 READING: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("throughput-rows.yaml").read_text(encoding="utf-8"))
 QUANTITIES = ("tokens/s", "TPOT", "TTFT")

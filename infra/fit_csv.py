@@ -8,17 +8,17 @@ kv_tokens, outcome, note …) are not.
 from __future__ import annotations
 
 import csv
-import json
+import math
 import re
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from infra.catalog.memory import GIB, memory_catalog
 from infra.findings import ConfigError, Finding
+from infra.fit_models import TYPES, Known, UnpredictableError, find, models, named_format
 from infra.plan.fit import Engine, Fit, fit
 from infra.plan.overhead import batch_defaults
-from infra.plan.weights_memory import weights_bytes
-from infra.weights.facts import ModelFacts, decoder, facts_from_config
+from infra.plan.weights_memory import BITS, weights_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,36 +32,8 @@ ADDED = (
     *("predicted_outcome", "predicted_kv_tokens", "predicted_max_concurrency", "predicted_weights_gib"),
     *("predicted_kv_available_gib", "predicted_activation_gib", "predicted_kv_bytes_per_token", "predicted_note"),
 )
-_FORMATS = (
-    (r"nvfp4", "nvfp4"),
-    (r"mxfp4", "mxfp4"),
-    (r"bnb|bitsandbytes", "bnb-4bit"),
-    (r"awq", "awq"),
-    (r"gptq(?!.*int8)", "gptq"),
-    (r"w4a16|int4|4[- ]?bit|autoround", "w4a16"),
-    (r"w8a16", "w8a16"),
-    (r"w8a8|int8", "w8a8-int8"),
-    (r"fp8", "fp8"),
-)
-"""What names of formats look like, in the order in which they are tried."""
 SIZES = (2, 4, 8)
 """Tensor parallel sizes that are tried where none is stated."""
-_SUFFIX = re.compile(r"[-_ ]+(fp8|awq|gptq|w8a8|w4a16|int8|int4|quanti[sz]ed)$")
-"""What a name may end with that only says the format."""
-_TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-
-
-class UnpredictableError(Exception):
-    """A row does not say enough; the text says what is missing."""
-
-
-@dataclass(frozen=True)
-class Known:
-    """A model, however it is known."""
-
-    facts: ModelFacts
-    format: str
-    """Of the checkpoint."""
 
 
 def predict_file(source: Path, target: Path, configs: Path | None, lock: WeightsLock) -> tuple[int, int]:
@@ -74,8 +46,8 @@ def predict_file(source: Path, target: Path, configs: Path | None, lock: Weights
         ConfigError: A file cannot be read or written.
     """
     try:
-        with source.open(newline="", encoding="utf-8") as stream:
-            reader = csv.DictReader(stream)
+        with source.open(newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream, restval="")
             columns, rows = list(reader.fieldnames or ()), list(reader)
         known = models(configs, lock)
         answers = [predict(row, known) for row in rows]
@@ -94,67 +66,7 @@ def predict_file(source: Path, target: Path, configs: Path | None, lock: Weights
     return len(rows), sum(bool(answer["predicted_outcome"]) for answer in answers)
 
 
-def models(configs: Path | None, lock: WeightsLock) -> dict[str, Known]:
-    """Every model that is known, by `org/name` or by its name in the lock, in small letters."""
-    known = {name: Known(entry.facts, entry.format) for name, entry in lock.models.items()}
-    for file in sorted(configs.glob("*.json")) if configs else ():
-        if file.name.endswith(".size.json"):
-            continue
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-            facts = facts_from_config(config, _size(file.with_suffix(".size.json")))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                [Finding(str(file), f"cannot be read as a model's config: {error!r}", "mend it or take it away")]
-            ) from None
-        format_ = checkpoint_format(config, file.stem) or _TYPES[facts.dtype]
-        if not file.with_suffix(".size.json").exists():
-            facts = facts.model_copy(update={"weights_bytes": 0})
-        known[file.stem.replace("__", "/", 1).lower()] = Known(facts, format_)
-    return known
-
-
-def _size(file: Path) -> int | None:
-    """Bytes of the safetensors files: the number in the file, or the one it has under a name."""
-    if not file.exists():
-        return None
-    value = json.loads(file.read_text(encoding="utf-8"))
-    numbers = [value] if isinstance(value, int) else [item for item in _leaves(value) if isinstance(item, int)]
-    return max(numbers, default=0) or None
-
-
-def _leaves(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return [leaf for item in value.values() for leaf in _leaves(item)]
-    return [leaf for item in value for leaf in _leaves(item)] if isinstance(value, list) else [value]
-
-
-def checkpoint_format(config: Mapping[str, Any], name: str) -> str:
-    """The format of a quantised checkpoint; empty if it is not quantised."""
-    quantization = config.get("quantization_config") or decoder(config).get("quantization_config")
-    if not quantization:
-        return ""
-    method = str(quantization.get("quant_method", "")).lower()
-    groups = quantization.get("config_groups") or {}
-    for group in groups.values() if isinstance(groups, dict) else ():
-        weights = group.get("weights") or {}
-        bits, kind = weights.get("num_bits"), weights.get("type")
-        if bits == 4:  # noqa: PLR2004
-            return "nvfp4" if kind == "float" else "w4a16"
-        if bits == 8:  # noqa: PLR2004
-            return "fp8" if kind == "float" else ("w8a8-int8" if group.get("input_activations") else "w8a16")
-    if method in {"gptq", "auto-round", "autoround", "awq"} and quantization.get("bits", 4) == 8:  # noqa: PLR2004
-        return "w8a16"
-    text = f"{method} {quantization.get('quant_algo', '')} {quantization.get('fmt', '')}"
-    return named_format(text) or named_format(name) or "fp8"
-
-
-def named_format(text: str) -> str:
-    """The format that a text names; empty if it names none."""
-    return next((format_ for pattern, format_ in _FORMATS if re.search(pattern, text.lower())), "")
-
-
-def predict(row: Mapping[str, str], known: Mapping[str, Known]) -> Row:
+def predict(row: Mapping[str, str], known: Mapping[str, Known | str]) -> Row:
     """The columns that are added to a row."""
     answer = dict.fromkeys(ADDED, "")
     try:
@@ -184,7 +96,7 @@ def _answer(found: Fit) -> Row:
     }
 
 
-def _question(row: Mapping[str, str], known: Mapping[str, Known]) -> tuple[Engine, Regime]:
+def _question(row: Mapping[str, str], known: Mapping[str, Known | str]) -> tuple[Engine, Regime]:
     """The engine that a row describes.
 
     Raises:
@@ -197,16 +109,20 @@ def _question(row: Mapping[str, str], known: Mapping[str, Known]) -> tuple[Engin
     if gpu_bytes is None:
         raise UnpredictableError(f"the memory of the GPU is not known: {gpu or 'no name'}; give gpu_mem_gib")
     told = row.get("dtype_or_quant", "")
-    dtype = next((name for name in _TYPES if name in told.lower()), model.facts.dtype)
-    format_, stored = _format(told, row.get("model", ""), model, dtype)
+    # `--dtype auto` computes in 16 bits, whatever width the weights are stored in (vllm/config/model.py).
+    usual = "bfloat16" if model.facts.dtype == "float32" else model.facts.dtype
+    dtype = next((name for name in TYPES if name in told.lower()), usual)
     regime = memory_catalog().regime(row.get("vllm_version", ""), model.facts.architecture)
+    utilization = _number(row, "gpu_memory_utilization") or regime.utilization
+    if utilization > 1:
+        raise UnpredictableError(f"gpu_memory_utilization is a share of at most 1, not {utilization:g}")
     context = int(_number(row, "max_model_len") or model.facts.max_positions)
     sequences, batched = batch_defaults(regime, gpu_bytes, context, a100=_is_a100(gpu, gpu_bytes))
     return Engine(
         facts=model.facts,
-        weights_bytes=weights_bytes(model.facts, format_, stored=stored),
+        weights_bytes=_weights(told, row.get("model", ""), model, dtype),
         gpu_bytes=gpu_bytes,
-        utilization=_number(row, "gpu_memory_utilization") or regime.utilization,
+        utilization=utilization,
         context=context,
         sequences=int(_number(row, "max_num_seqs") or sequences),
         batched_tokens=int(_number(row, "max_num_batched_tokens") or batched),
@@ -223,43 +139,33 @@ def _is_a100(name: str, gpu_bytes: int) -> bool:
     return "A100" in name.upper() or (not name and 79 < gpu_bytes / GIB < 79.4 and not 79.15 < gpu_bytes / GIB < 79.23)  # noqa: PLR2004
 
 
-def _format(told: str, name: str, model: Known, dtype: str) -> tuple[str, bool]:
-    """The format that the engine holds the weights in, and whether the checkpoint has it."""
+def _weights(told: str, name: str, model: Known, dtype: str) -> int:
+    """Bytes of all weights in the format that the engine holds them in."""
     named = named_format(told) or named_format(name)
-    if not named and re.search(r"quanti[sz]ed", name.lower()) and model.format in _TYPES.values():
+    if not named and re.search(r"quanti[sz]ed", name.lower()) and model.format in TYPES.values():
         raise UnpredictableError("the model is quantised, but the row does not say how")
-    if model.format not in _TYPES.values():
-        return model.format, model.facts.weights_bytes > 0
-    format_ = named or _TYPES[dtype]
-    return format_, format_ == model.format and model.facts.weights_bytes > 0
+    if model.format not in TYPES.values():
+        return weights_bytes(model.facts, model.format, stored=model.stored)
+    if named or not model.stored:
+        return weights_bytes(model.facts, named or TYPES[dtype], stored=False)
+    stored = weights_bytes(model.facts, model.format, stored=True)
+    return round(stored * BITS[TYPES[dtype]] / BITS[model.format])
 
 
 def _number(row: Mapping[str, str], column: str) -> float | None:
-    try:
-        value = float(row.get(column) or "nan")
-    except ValueError:
-        return None
-    return value if value > 0 else None
-
-
-def find(name: str, known: Mapping[str, Known]) -> Known:
-    """The model that a name means: exactly, whoever published it, or in whatever format.
+    """What a column says; None if it is empty.
 
     Raises:
-        UnpredictableError: None.
+        UnpredictableError: It is no number, or none that can be.
     """
-    if not name.strip():
-        raise UnpredictableError("the model is not named")
-    bare = _plain(re.sub(r"\(.*?\)", " ", name))
-    for wanted in (_plain(name), bare, _SUFFIX.sub("", bare)):
-        for key, model in known.items():
-            if _plain(key) == wanted:
-                return model
-        for key, model in known.items():
-            if _plain(key).rpartition("/")[2] == wanted.rpartition("/")[2]:
-                return model
-    raise UnpredictableError(f"the model {name} is not in the lock, and no config of it was given")
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9/.]+", "-", name.lower()).strip("-")
+    text = (row.get(column) or "").strip()
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    whole = column not in {"gpu_mem_gib", "gpu_memory_utilization"}
+    if not math.isfinite(value) or value <= 0 or (whole and value != int(value)):
+        raise UnpredictableError(f"{column} is {text}, not {'a whole' if whole else 'a'} number over 0")
+    return value

@@ -155,7 +155,7 @@ def _choices(plan: FleetPlan, model: str) -> Table:
         *("TPOT", "all/h", "/Mtok", "why"),
     )
     found = [choice for choice in plan.choices if choice.model == model]
-    title = f"choices for {model}, best first (/Mtok: of prompts and answers together, at its traffic)"
+    title = f"choices for {model}, best first (on demand; /Mtok: at its traffic, at full load if none is stated)"
     return table(title, columns, (tuple(_choice(choice)) for choice in found))
 
 

@@ -19,14 +19,24 @@ ROUNDING = 1e-9
 SHOWN = 2
 
 
-def check_budget(
+def check_budget(  # noqa: PLR0913, PLR0917 - what is compared, one by one
     cost: CostPlan | None,
     budget: BudgetConfig,
     rented: Sequence[Rented],
     served: Sequence[Served],
     ledger: Ledger,
+    dearest: float = 0.0,
 ) -> None:
-    """Refuse a fleet that costs more than its budget, or whose cost nobody knows though it has one."""
+    """Refuse a fleet that costs more than its budget, or whose cost nobody knows though it has one.
+
+    Args:
+        cost: With every pool on its first rung.
+        budget: Of the stack.
+        rented: Every pool, the gateways, the monitor.
+        served: Every model.
+        ledger: Told what is over.
+        dearest: Dollars an hour with every pool on its dearest rung.
+    """
     for key, limit, hours, unit in (
         ("budget.usd_per_hour", budget.usd_per_hour, 1, "/h"),
         ("budget.usd_per_month", budget.usd_per_month, HOURS_PER_MONTH, " a month"),
@@ -41,6 +51,9 @@ def check_budget(
         if over > limit * ROUNDING:
             problem = f"the fleet costs {usd(cost.usd_per_hour * hours)}{unit}, {usd(over)} over"
             ledger.refuse(key, problem, _fix(key, cost, limit / hours, rented, served))
+        elif dearest * hours > limit * (1 + ROUNDING):
+            above = usd(dearest * hours - limit)
+            ledger.note(key, f"is kept on spot; on demand the fleet costs {usd(dearest * hours)}{unit}, {above} over")
 
 
 def _fix(key: str, cost: CostPlan, limit: float, rented: Sequence[Rented], served: Sequence[Served]) -> str:
@@ -52,8 +65,9 @@ def _fix(key: str, cost: CostPlan, limit: float, rented: Sequence[Rented], serve
     fewest = sum(it.usd_per_hour * _fewest_nodes(it, served) for it in rented)
     if fewest <= limit:
         return f"fewer engines of several models: with one of each the fleet costs {usd(fewest)}/h"
-    needed = fewest * (HOURS_PER_MONTH if key.endswith("month") else 1)
-    return f"a cheaper `gpu`, fewer bits (`quantization`), or {key} {math.ceil(needed)}: one engine of each costs that"
+    hours = HOURS_PER_MONTH if key.endswith("month") else 1
+    raised = f"`{key}: {math.ceil(cost.usd_per_hour * hours)}`"
+    return f"a cheaper `gpu`, fewer bits (`quantization`), or {raised} ({usd(fewest * hours)} with one engine of each)"
 
 
 def _changes(pool: Rented, served: Sequence[Served], over: float) -> Iterator[tuple[int, str]]:

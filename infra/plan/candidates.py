@@ -15,6 +15,7 @@ from infra.plan.nodes import Misfit, Packing, cheapest
 from infra.plan.overhead import batch_defaults
 from infra.plan.packing import Demand
 from infra.plan.throughput import Load, concurrency_within, estimate
+from infra.plan.traffic import UTILISATION
 from infra.plan.weights_memory import weights_bytes
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ SIZES = (1, 2, 4, 8)
 DEFAULT_CONCURRENCY = 64
 LEAST_ENGINES = 2
 """One serves while the other is updated."""
-PEAK = 2.0
-"""The busiest hour has about so many times the requests of a mean one, as half of what engines can do is left free."""
 PROCESSES_RAM = 8 << 30
 """Host memory of one engine's processes: torch, CUDA and pinned buffers. From memory of such hosts, not measured."""
 SAFE = 0.95
@@ -252,7 +251,7 @@ def _priced(found: Candidate, ask: Ask, pool: PoolConfig, world: World) -> Candi
     speed = found.speed
     assert speed is not None  # noqa: S101 - for the type checker: `evaluate` has set it
     mean = (ask.requests_per_month or 0) / (HOURS_PER_MONTH * 3600)
-    engines = ask.engines or max(LEAST_ENGINES, math.ceil(PEAK * mean / speed.requests_s))
+    engines = ask.engines or max(LEAST_ENGINES, math.ceil(mean / (UTILISATION * speed.requests_s)))
     found = replace(found, engines=engines)
     if world.region:
         packing = cheapest(pool, found.gpu, world.instances, world.region, [demand(found, ask, world)])

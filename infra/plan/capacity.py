@@ -129,6 +129,10 @@ def _note_ladder(pool: Pool, rungs: Sequence[RungPlan]) -> None:
             paid = "is paid for in any case" if then.kind in PAID_ANYWAY else f"costs ${then.usd_per_hour:.2f} at most"
             dearer = f"{_name(first)}, ${first.usd_per_hour:.2f} an hour for a node, comes before {_name(then)}"
             pool.note("capacity", f"{dearer}, which {paid}: that serves only where the other has no capacity")
+    dearest = max(rungs, key=lambda rung: rung.usd_per_hour)
+    if dearest.usd_per_hour > rungs[0].usd_per_hour:
+        counted = f"the cost counts {_name(rungs[0])}, ${rungs[0].usd_per_hour:.2f} an hour for a node"
+        pool.note("capacity", f"{counted}; nodes that come from {_name(dearest)} cost ${dearest.usd_per_hour:.2f}")
     if rungs[-1].kind == "capacity-block":
         pool.note("capacity", "a capacity block ends on its day, and no rung after it gives nodes from then on")
     if all(rung.kind == "spot" for rung in rungs):

@@ -66,7 +66,8 @@ def choose(ask: Ask, allowed: Limits, pool: PoolConfig, world: World) -> Choice:
     """The best candidate that the stack file allows, beside all others; it has an obstacle if none can be."""
     inside = ranked(ask, allowed, pool, world)
     free = pool.model_copy(update={"gpu": None, "instance": None, "nodes": "auto"})
-    everything = candidates(ask, free, world, tuple(world.gpus)) if world.region else []
+    # A cluster has the GPUs that it has.
+    everything = candidates(ask, free, world, tuple(world.gpus) if world.region else allowed.gpus)
     outside = [found for found in everything if not allowed.allow(found)]
     others = sorted([*inside[1:], *outside], key=lambda found: (rank(found), -found.stage))
     return Choice(ask, inside[0], others, allowed)

@@ -8,17 +8,13 @@ that has its formula.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from infra.catalog.memory import GIB, Regime
 from infra.plan.kv_cache import KvCache, kv_cache, kv_width
 from infra.plan.overhead import activation_bytes, graph_bytes, non_torch_bytes
 from infra.plan.weights_memory import weights_per_gpu
 from infra.weights.facts import WIDTH, ModelFacts
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 VOCABULARY_MULTIPLE = 64
 """vLLM pads the vocabulary to it before it is divided."""
@@ -120,7 +116,8 @@ def illegal(facts: ModelFacts, tensor_parallel_size: int, context: int) -> str:
 def _misfit(engine: Engine, cache: KvCache, pool: int, graphs: int) -> str:
     if pool <= 0:
         return (
-            f"weights and activations are {-pool / GIB:.1f} GiB larger than the budget: nothing is left for a KV cache"
+            f"weights and activations need {-pool / GIB:.1f} GiB more than vLLM may use of a GPU:"
+            " nothing is left for a KV cache"
         )
     needed = cache.sequence_bytes(engine.context, engine.batched_tokens)
     if needed > pool:
@@ -133,28 +130,9 @@ def _misfit(engine: Engine, cache: KvCache, pool: int, graphs: int) -> str:
     return ""
 
 
-def largest_context(engine: Engine, regime: Regime, fits: Callable[[Fit], bool]) -> int:
-    """The longest context with which an engine fits and meets a condition; 0 if there is none."""
-    return _largest(engine.facts.max_positions, lambda tokens: _ok(replace(engine, context=tokens), regime, fits))
-
-
 def largest_concurrency(engine: Engine, tokens: int, regime: Regime) -> int:
     """How many requests of so many tokens fit at once; 0 if the engine does not start."""
     found = fit(engine, regime)
     if found.misfit:
         return 0
     return int(cache_of(engine, regime).concurrency(found.pool_bytes, tokens, engine.batched_tokens))
-
-
-def _ok(engine: Engine, regime: Regime, fits: Callable[[Fit], bool]) -> bool:
-    found = fit(engine, regime)
-    return not found.misfit and fits(found)
-
-
-def _largest(limit: int, good: Callable[[int], bool]) -> int:
-    """The largest number up to a limit for which something holds that holds for all smaller ones too."""
-    low, high = 0, limit
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if good(middle) else (low, middle - 1)
-    return low

@@ -16,7 +16,7 @@ from infra.plan.choice import limits, ranked
 from infra.plan.cost import Rented, Served, Traffic, capacity, host_rent, note_overload, plan_cost, pool_rent
 from infra.plan.engines import OFFLINE, gpu_flags
 from infra.plan.gateway import plan_gateway, thresholds
-from infra.plan.gpu_models import Chosen, ask_of, check_parser, choose_model, explain_model
+from infra.plan.gpu_models import Chosen, ask_of, choose_model, explain_model
 from infra.plan.model import (
     AgentPlan,
     AwsTimings,
@@ -87,8 +87,6 @@ class GpuPlanner:
     hosted: Sequence[Hosted]
     version: str
     """Of vLLM."""
-    parsers: Sequence[str]
-    """For tool calls, that it has."""
     ledger: Ledger
 
     def plan(self) -> FleetPlan:
@@ -164,11 +162,13 @@ class GpuPlanner:
         """Every pool with what is asked of it. Without pools each GPU that is chosen becomes one."""
         pools = {name: _Pool(name, wanted) for name, wanted in self.config.pools.items()}
         for name, wanted in self.config.models.items():
-            check_parser(name, wanted, self.parsers, self.version, self.ledger)
             pool = self._pool_of(name, pools)
             ask = ask_of(name, wanted, self.config.slo, self.world, self.ledger)
             if pool and ask:
                 pool.asks[name] = replace(ask, pool=pool.name)
+        for pool in pools.values():
+            if not pool.asks:  # what is wrong with it itself is said all the same
+                self._gpus(pool)
         return {name: pool for name, pool in pools.items() if pool.asks}
 
     def _pool_of(self, model: str, pools: dict[str, _Pool]) -> _Pool | None:
@@ -330,7 +330,9 @@ class GpuPlanner:
             self.ledger.note("pools", "the price of the nodes is not known: `usd_per_hour` of each pool tells it")
         if cost:
             note_overload(cost, self.ledger)
-        check_budget(cost, self.config.budget, rented, served, self.ledger)
+        more = sum((plan.highest_usd_per_hour or 0) - (plan.usd_per_hour or 0) for plan in placed.values())
+        dearest = cost.usd_per_hour + more if cost else 0.0
+        check_budget(cost, self.config.budget, rented, served, self.ledger, dearest)
         return cost
 
     def _hosts(self) -> list[Rented]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from infra.findings import did_you_mean, show
-from infra.plan.candidates import Ask, Candidate, World, demand
+from infra.plan.candidates import DEFAULT_CONCURRENCY, SAFE, Ask, Candidate, World, demand
 from infra.plan.choice import Choice, choose, limits
 from infra.plan.choice import refuse as refuse_choice
 from infra.plan.entries import base_entry
@@ -167,9 +166,7 @@ def explain_model(chosen: Chosen, world: World, ledger: Ledger) -> None:
     why = "written in the stack file" if given_size else f"the cheapest number of GPUs for one engine{_fewer(chosen)}"
     ledger.because(f"{at}.tensor-parallel-size", best.tensor_parallel_size, why)
     if wanted.concurrency is None:
-        ledger.because(
-            f"{at}.concurrency", best.concurrency, f"{_limit(best, ask)}; one engine's KV cache holds {best.holds}"
-        )
+        ledger.because(f"{at}.concurrency", best.concurrency, _limit(best))
     else:
         ledger.given(f"{at}.concurrency", best.concurrency)
     if wanted.engines is None:
@@ -182,11 +179,7 @@ def explain_model(chosen: Chosen, world: World, ledger: Ledger) -> None:
         f"{at}.kv-cache", gib(chosen.fit.pool_bytes), f"of each GPU: what weights and activations leave; {per_token}"
     )
     speed = chosen.speed
-    ledger.because(
-        f"{at}.speed",
-        f"{speed.output_tokens_s:,.0f} tokens/s an engine",
-        f"{'measured' if speed.measured else f'estimate, +-{speed.error_percent} %'}: {speed.basis}",
-    )
+    ledger.because(f"{at}.speed", f"{speed.output_tokens_s:,.0f} tokens/s an engine", speed.basis)
     _notes(chosen, world, ledger)
 
 
@@ -200,10 +193,11 @@ def _fewer(chosen: Chosen) -> str:
     return ""
 
 
-def _limit(best: Candidate, ask: Ask) -> str:
+def _limit(best: Candidate) -> str:
     if best.holds <= best.concurrency:
-        return "what the KV cache holds"
-    return "what keeps the promised latency" if ask.ttft_s or ask.tpot_s else "default"
+        return f"usual requests that the KV cache of one engine holds, {1 - SAFE:.0%} kept free"
+    why = "what keeps the promised latency" if best.concurrency != DEFAULT_CONCURRENCY else "default"
+    return f"{why}; the KV cache of one engine holds {best.holds} usual requests"
 
 
 def _notes(chosen: Chosen, world: World, ledger: Ledger) -> None:
@@ -227,10 +221,3 @@ def _notes(chosen: Chosen, world: World, ledger: Ledger) -> None:
         if faster or not native:
             words = "is also faster" if faster else "needs no conversion of weights at every step"
             ledger.note(f"{at}.quantization", f"bf16 fits here as well and {words}: `quantization: none`")
-
-
-def check_parser(name: str, wanted: ModelConfig, parsers: Sequence[str], version: str, ledger: Ledger) -> None:
-    """Refuse a parser for tool calls that vLLM does not have."""
-    if wanted.tool_calls is not None and wanted.tool_calls not in parsers:
-        problem = f"vLLM {version} has no parser {show(wanted.tool_calls)}"
-        ledger.refuse(f"models.{name}.tool-calls", problem, did_you_mean(wanted.tool_calls, parsers))

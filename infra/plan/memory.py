@@ -7,8 +7,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from infra.plan.kv_cache import row_bytes
 from infra.plan.ledger import Ledger, gib
 from infra.plan.model import HostFacts, MemoryPlan
+from infra.weights.facts import WIDTH
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -16,18 +18,16 @@ if TYPE_CHECKING:
     from infra.catalog import EngineCatalog
     from infra.weights.lock import LockEntry, ModelFacts
 
-WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Bytes of one number."""
 SMALLEST_RESERVE = 1 << 30
 RESERVE_PERCENT = 10
 
 
 def kv_bytes_per_token(facts: ModelFacts, dtype: str) -> int:
-    """Keys and values of one token: 2 x layers x KV heads x head dimension x width.
+    """What one token leaves in all layers that attend; windows are not counted on: at most so much.
 
     The KV cache has the type that the engine computes in (`--kv-cache-dtype auto`).
     """
-    return 2 * facts.layers * facts.kv_heads * facts.head_dim * WIDTH[dtype]
+    return facts.attention_layers * row_bytes(facts, WIDTH[dtype], 1)
 
 
 def kv_cache_bytes(facts: ModelFacts, dtype: str, tokens: int, catalog: EngineCatalog) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from infra.findings import did_you_mean, show
 from infra.plan.entries import base_entry
 from infra.plan.ledger import gib
 from infra.plan.memory import Sizing
@@ -154,10 +153,6 @@ class ModelPlanner:
             if given is not None and given > sizing.context:
                 problem = f"{given} tokens: more than the context"
                 self.ledger.refuse(self._at(key), problem, f"at most {sizing.context}")
-        parser = self.wanted.tool_calls
-        if parser is not None and parser not in self.catalog.tool_parsers:
-            problem = f"vLLM {self.catalog.version} has no parser {show(parser)}"
-            self.ledger.refuse(self._at("tool-calls"), problem, did_you_mean(parser, self.catalog.tool_parsers))
         if sizing.engines == 1:
             seconds = self.catalog.speed.stop_s.value + self.catalog.speed.start_s.value
             message = f"one engine: an update means that `{self.name}` is down for about {seconds} s"

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from infra.config.pools import MAX_NODES
 from infra.findings import did_you_mean, show
 from infra.plan.ledger import gib
 from infra.plan.memory import RESERVE_PERCENT
@@ -124,9 +125,9 @@ class NodeChoice:
         named, here = self.wanted.instance, ", ".join(offered)
         alike = {name: row for name, row in self.instances.items() if row.gpu == self.gpu}
         elsewhere = where_offered({name: row for name, row in alike.items() if row.usd_per_hour})
+        there = sorted({row.gpu for row in self.instances.values() if self._is_offered(row)})
         if named is None:
             problem = f"no instance type in {self.region} has {self.gpu}"
-            there = sorted({row.gpu for row in self.instances.values() if self._is_offered(row)})
             fix = f"another `gpu`, here: {', '.join(there)}" if there else "another `aws:region`"
             return Misfit("gpu", problem, f"{fix}; or where it is offered: {elsewhere}" if elsewhere else fix)
         if named not in self.instances:
@@ -135,7 +136,7 @@ class NodeChoice:
         if named not in alike:
             problem = f"{named} has {self.instances[named].gpu}, this pool has `gpu: {self.gpu}`"
             return Misfit("instance", problem, f"one of: {here}" if here else f"offered: {elsewhere}")
-        fix = f"here: {here}" if here else f"offered: {elsewhere}"
+        fix = f"here: {here}" if here else f"offered: {elsewhere}; other GPUs here: {', '.join(there)}"
         if self.instances[named].zones.get(self.region):
             fix = f"write the price that you pay under `prices.instances`, or {fix}"
             return Misfit("instance", f"the catalog has no price of {named} in {self.region}", fix)
@@ -155,7 +156,8 @@ class NodeChoice:
         slots = pack(self.demands, nodes, row.gpus, row.gpus_per_domain)
         if slots is None:
             problem = f"{nodes} x {name}, each with {counted(row.gpus, 'GPU')}, do not hold {engines(self.demands)}"
-            return Misfit("nodes", problem, f"`nodes: {fewest}`")
+            fewer = f"fewer `engines`: {fewest} nodes would be needed, and a pool has {MAX_NODES} at most"
+            return Misfit("nodes", problem, f"`nodes: {fewest}`" if fewest <= MAX_NODES else fewer)
         on_nvme = row.nvme_bytes >= disk_bytes(self.demands)
         volume = IMAGE_BYTES + (0 if on_nvme else disk_bytes(self.demands))
         price = wanted.usd_per_hour if wanted.usd_per_hour and wanted.instance else row.usd_per_hour[self.region]

@@ -68,9 +68,30 @@ def make_plan(  # noqa: PLR0913, PLR0917 - what a plan is made from
     region = config.region
     config = config.model_copy(update={"api_keys": dict(api_keys)})
     _check_name(stack, ledger)
+    _note_promises(config, ledger)
+    _check_parsers(config, ledger)
     if config.target == "local" and host is not None:
         return _local(stack, config, lock, host, ledger)
     return _on_gpus(stack, config, lock, region, benchmarks, ledger)
+
+
+def _check_parsers(config: StackConfig, ledger: Ledger) -> None:
+    """Refuse parsers for tool calls that vLLM does not have."""
+    engine = vllm_cpu()
+    for name, wanted in config.models.items():
+        if wanted.tool_calls is not None and wanted.tool_calls not in engine.tool_parsers:
+            problem = f"vLLM {engine.version} has no parser {show(wanted.tool_calls)}"
+            ledger.refuse(f"models.{name}.tool-calls", problem, did_you_mean(wanted.tool_calls, engine.tool_parsers))
+
+
+def _note_promises(config: StackConfig, ledger: Ledger) -> None:
+    """Say of what is promised, and not yet kept by anything."""
+    if config.slo.availability is not None:
+        ledger.note("slo.availability", "is written down; no alert compares with it yet")
+    if config.gateway.hostname is not None:
+        ledger.note("gateway.hostname", "is written down; no certificate and no name are made for it yet")
+    if config.slo.tpot_p95 is not None and config.target == "local":
+        ledger.note("slo.tpot_p95", "is written down; on local nothing is derived from it")
 
 
 def _on_gpus(  # noqa: PLR0913, PLR0917 - what a plan is made of
@@ -99,7 +120,7 @@ def _on_gpus(  # noqa: PLR0913, PLR0917 - what a plan is made of
         benchmarks=benchmarks,
     )
     others = hosted(hosted_prices(), config.prices.hosted)
-    return GpuPlanner(stack, config, world, services(), others, engine.version, engine.tool_parsers, ledger).plan()
+    return GpuPlanner(stack, config, world, services(), others, engine.version, ledger).plan()
 
 
 def _region(region: str | None, instances: Mapping[str, Instance], ledger: Ledger) -> str:

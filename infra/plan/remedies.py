@@ -26,10 +26,18 @@ TRIED_CONTEXT = 128
 
 def remedies(choice: Choice, pool: PoolConfig, world: World) -> Iterator[str]:
     """Each change of one value with which it can be; one of several values where one is not enough."""
+    found = _remedies(choice, pool, world)
+    if found or pool.nodes == "auto":
+        yield from found
+    else:
+        eased = pool.model_copy(update={"nodes": "auto"})
+        yield from (f"{change} and `nodes: auto`" for change in _remedies(choice, eased, world))
+
+
+def _remedies(choice: Choice, pool: PoolConfig, world: World) -> list[str]:
     # A cluster has the GPUs that it has.
     free = pool.model_copy(update={"gpu": None, "instance": None}) if world.region else pool
-    found = list(_of_one_value(choice, pool, free, world))
-    yield from found or _of_several(choice, pool, free, world)
+    return list(_of_one_value(choice, pool, free, world)) or list(_of_several(choice, pool, free, world))
 
 
 def _of_one_value(choice: Choice, pool: PoolConfig, free: PoolConfig, world: World) -> Iterator[str]:
@@ -67,23 +75,41 @@ def _of_several(choice: Choice, pool: PoolConfig, free: PoolConfig, world: World
     gpus = tuple(world.gpus) if world.region else (choice.best.gpu,)
     able = [found for found in candidates(choice.ask, free, world, gpus) if not found.obstacle]
     if not able:
+        yield from _smaller_and_fewer(choice, pool, world)
         return
-    best, asked = min(able, key=rank), choice.limits
+    best = min(able, key=lambda found: (len(_changes(choice, pool, found)), rank(found)))
+    changes = _changes(choice, pool, best)
+    yield " and ".join(f"`{key}: {value}`" for key, value in changes.items()) + (
+        IN_PLACE if pool.instance and "gpu" in changes else ""
+    )
+
+
+def _changes(choice: Choice, pool: PoolConfig, found: Candidate) -> dict[str, str | int]:
+    """What is another in a candidate than the stack file has."""
+    asked = choice.limits
     changes = {
-        "gpu": best.gpu not in asked.gpus and best.gpu,
-        "instance": pool.instance and best.packing and best.gpu in asked.gpus and best.packing.instance,
-        "quantization": best.level not in asked.levels and best.level,
-        "tensor-parallel-size": best.tensor_parallel_size not in asked.sizes and best.tensor_parallel_size,
+        "gpu": found.gpu not in asked.gpus and found.gpu,
+        "instance": pool.instance and found.packing and found.gpu in asked.gpus and found.packing.instance,
+        "quantization": found.level not in asked.levels and found.level,
+        "tensor-parallel-size": found.tensor_parallel_size not in asked.sizes and found.tensor_parallel_size,
     }
-    instead = IN_PLACE if pool.instance and changes["gpu"] else ""
-    yield " and ".join(f"`{key}: {value}`" for key, value in changes.items() if value) + instead
+    return {key: value for key, value in changes.items() if value}
+
+
+def _smaller_and_fewer(choice: Choice, pool: PoolConfig, world: World) -> Iterator[str]:
+    """The longest context that one request has room for, and how many of its usual requests run at once then."""
+    found, ask = choice.best, replace(choice.ask, concurrency=None)
+    same = (found.level, found.gpu, found.tensor_parallel_size)
+    longest = _largest_context(ask, lambda changed: not evaluate(changed, pool, world, *same).obstacle)
+    if longest:
+        holds = evaluate(_shortened(ask, longest), pool, world, *same).concurrency
+        yield f"`context: {longest}` and `concurrency: {holds}`"
 
 
 def _smaller(found: Candidate, ask: Ask, good: Callable[[Ask, Quantization, str, int], bool]) -> Iterator[str]:
     """Smaller requests, or fewer at once."""
     same = (found.level, found.gpu, found.tensor_parallel_size)
-    halved = ask.typical == max(1, ask.context // 2)
-    longest = _largest_context(ask, lambda changed: good(changed, *same), halved=halved)
+    longest = _largest_context(ask, lambda changed: good(changed, *same))
     if longest and (longest >= ask.context // LEAST_PART or not ask.concurrency):
         at = f" at concurrency {ask.concurrency}" if ask.concurrency else ""
         yield f"`context: {longest}`{at}"
@@ -91,15 +117,19 @@ def _smaller(found: Candidate, ask: Ask, good: Callable[[Ask, Quantization, str,
         yield f"`concurrency: {found.holds}`"
 
 
-def _largest_context(ask: Ask, good: Callable[[Ask], bool], *, halved: bool) -> int:
-    """The longest context that fits, in steps; a usual request stays half of it where nobody said otherwise."""
+def _largest_context(ask: Ask, good: Callable[[Ask], bool]) -> int:
+    """The longest context that fits, in steps."""
     low, high = 0, ask.context // TRIED_CONTEXT
     while low < high:
         middle = (low + high + 1) // 2
-        context = middle * TRIED_CONTEXT
-        typical = context // 2 if halved else min(ask.typical, context)
-        changed = replace(
-            ask, context=context, typical=typical, prompt=min(ask.prompt, context), answer=min(ask.answer, context)
-        )
-        low, high = (middle, high) if good(changed) else (low, middle - 1)
+        low, high = (middle, high) if good(_shortened(ask, middle * TRIED_CONTEXT)) else (low, middle - 1)
     return low * TRIED_CONTEXT
+
+
+def _shortened(ask: Ask, context: int) -> Ask:
+    """The same with a shorter context; a usual request stays half of it where nobody said otherwise."""
+    halved = ask.typical == max(1, ask.context // 2)
+    typical = context // 2 if halved else min(ask.typical, context)
+    return replace(
+        ask, context=context, typical=typical, prompt=min(ask.prompt, context), answer=min(ask.answer, context)
+    )

@@ -97,4 +97,4 @@ def _whole_parameters(facts: ModelFacts, tensor_parallel_size: int) -> float:
             * (facts.mla.kv_lora_rank + facts.mla.qk_rope_head_dim + facts.mla.q_lora_rank)
         )
     extra = max(0.0, 1 - facts.kv_heads / tensor_parallel_size)
-    return extra * facts.full_layers * facts.hidden_size * 2 * facts.kv_heads * facts.head_dim
+    return extra * facts.attention_layers * facts.hidden_size * 2 * facts.kv_heads * facts.head_dim

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from infra.findings import Finding, did_you_mean
 from infra.weights import hub, s3, text
+from infra.weights.config_json import facts_from_config
 from infra.weights.entry import Format, LockEntry
-from infra.weights.facts import ModelFacts, facts_from_config
+from infra.weights.facts import ModelFacts
 from infra.weights.files import WeightsError
 from infra.weights.lock import LOCK, load, parse, read
 from infra.weights.origins import Bucket, Folder, Hub, Package, parse_source

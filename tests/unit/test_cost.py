@@ -367,6 +367,16 @@ def test_within_the_budget() -> None:
     assert not refusals(budget(), [H100], [served(engines=16)])
 
 
+def test_a_budget_that_only_spot_keeps_is_said() -> None:
+    ledger, models = Ledger([]), [served(engines=16)]
+    cost = plan_cost([H100], models, [])
+    check_budget(cost, budget(120), [H100], models, ledger, dearest=130.0)
+    assert not ledger.findings
+    assert "is kept on spot; on demand the fleet costs $130.00/h, $10.00 over" in str(ledger.notices)
+    check_budget(cost, budget(130), [H100], models, quiet := Ledger([]), dearest=130.0)
+    assert not quiet.notices
+
+
 def test_over_the_budget_by_the_hour() -> None:
     # 110.36 - 100 = 10.36 over; a pool of one node saves 55.04, for 8 of the 16 engines.
     assert refusals(budget(100), [H100, GATEWAY, MONITOR], [served(engines=16)]) == [
@@ -415,10 +425,10 @@ def test_several_models_may_have_to_shrink() -> None:
 def test_a_budget_may_be_too_small_for_anything() -> None:
     (found,) = refusals(budget(5), [Rented("p", "i", 1, 10.5, "", gpus=8)], [served(pool="p", engines=3)])
     assert found[2] == (
-        "a cheaper `gpu`, fewer bits (`quantization`), or budget.usd_per_hour 11: one engine of each costs that"
+        "a cheaper `gpu`, fewer bits (`quantization`), or `budget.usd_per_hour: 11` ($10.50 with one engine of each)"
     )
     (found,) = refusals(budget(per_month=5), [Rented("p", "i", 1, 10.5, "", gpus=8)], [served(pool="p")])
-    assert "budget.usd_per_month 7665:" in found[2]  # 10.5 x 730
+    assert "`budget.usd_per_month: 7665`" in found[2]  # 10.5 x 730
 
 
 def test_a_budget_without_prices_cannot_be_kept() -> None:

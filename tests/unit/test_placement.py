@@ -334,6 +334,7 @@ def test_spot_takes_other_types_of_the_same_shape() -> None:
         ([{"capacity-block": True}], "a capacity block ends on its day"),
         (["on-demand", {"reservation": "cr-0123456789abcdef0"}], "which is paid for in any case"),
         (["on-demand", "spot"], "comes before spot"),
+        ([{"spot": 0.6}, "on-demand"], "an hour for a node; nodes that come from on-demand cost"),
     ],
 )
 def test_what_is_remarkable_about_a_ladder(capacity: list[Any], said: str) -> None:

@@ -21,7 +21,8 @@ from infra.findings import ConfigError
 from infra.plan.model import SpeedPlan
 from infra.plan.roofline import Engine
 from infra.plan.throughput import Load, concurrency_within, estimate
-from infra.weights.facts import Experts, Mla, ModelFacts, Recurrent, Sliding, Vision, facts_from_config
+from infra.weights.config_json import facts_from_config
+from infra.weights.facts import Experts, Mla, ModelFacts, Recurrent, Sliding, Vision
 from tests.unit.inputs import a_lock
 
 LLAMA_8B = facts_from_config(
