@@ -385,16 +385,27 @@ def _say_locked(name: str, entry: LockEntry) -> None:
 
 
 @keys.command("add")
-def keys_add(
+def keys_add(  # noqa: PLR0913, PLR0917 - its limits
     name: Annotated[str, typer.Argument(help="Whose it is: a name for logs and for `revoke`.")],
     stack: Stack = DEFAULT_STACK,
+    models: Annotated[str | None, typer.Option(help="Models that it may use, with commas between; else all.")] = None,
+    rpm: Annotated[
+        int | None, typer.Option(min=1, max=1_000_000, help="Requests that it may begin in a minute.")
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, max=100_000, help="Requests that it may have open at once.")
+    ] = None,
+    expires: Annotated[
+        str | None, typer.Option(metavar="YYYY-MM-DD", help="The last day on which it is good, in UTC.")
+    ] = None,
 ) -> None:
-    """Make an API key, print it once, and write its SHA-256 into the stack file."""
+    """Make an API key, print it once, and write its SHA-256 and its limits into the stack file."""
     from infra import keys as api_keys
     from infra.stack_file import load_stack_file, stack_file
 
     first = not load_stack_file(stack_file(stack)).api_keys
-    typer.echo(api_keys.add(stack, name))
+    named = None if models is None else tuple(filter(None, (model.strip() for model in models.split(","))))
+    typer.echo(api_keys.add(stack, name, api_keys.Limits(named, rpm, concurrency, expires)))
     _say(f"This is the only time that it is shown: {stack_file(stack)} has its hash alone.")
     _say(f"`pulumi up -s {stack}` makes it work.")
     if first:
@@ -403,13 +414,15 @@ def keys_add(
 
 @keys.command("list")
 def keys_list(stack: Stack = DEFAULT_STACK) -> None:
-    """The keys' names, and how their hashes begin."""
+    """The keys' names, how their hashes begin, and their limits."""
+    from infra import keys as api_keys
     from infra.stack_file import load_stack_file, stack_file
     from infra.targets.local.host import default_key_file
 
     config = load_stack_file(stack_file(stack))
-    for name, digest in config.api_keys.items():
-        typer.echo(f"{name}  {digest if digest.startswith('(') else digest[:8]}")
+    for name, key in config.api_keys.items():
+        hash_ = key.hash if key.hash.startswith("(") else key.hash[:8]
+        typer.echo("  ".join(filter(None, (name, hash_, api_keys.terms(key)))))
     if not config.api_keys:
         file = default_key_file(stack)
         _say(f"None is configured: the stack's own key is in {file}" + ("" if file.exists() else ", after `pulumi up`"))

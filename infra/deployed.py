@@ -26,6 +26,11 @@ PORTS = {
     "grafana": ("monitor/slots/grafana/grafana.ini", r"^http_port *= *(\d+)"),
 }
 """The file below machines/ that tells a server where to listen, and how it says it."""
+ON_NGINX = {
+    "gateway": ("gateway/slots/nginx/nginx.conf", r"server \{ # clients\n\s+listen \S+:(\d+)"),
+    "gateway statistics": ("gateway/slots/nginx/nginx.conf", r"server \{ # status\n\s+listen \S+:(\d+)"),
+}
+"""The same of a gateway with nginx."""
 
 
 class NotDeployedError(ConfigError):
@@ -64,9 +69,14 @@ class Deployed:
             fix = f"{command_to_deploy(self.stack)} deploys it; `-s NAME` or PULUMI_STACK chooses another stack"
             raise NotDeployedError([Finding(f"stack {self.stack}", "is not deployed on this machine", fix)])
 
+    @property
+    def proxy(self) -> str:
+        """What the gateway is: `haproxy` or `nginx`."""
+        return "nginx" if (self.machines / "gateway/slots/nginx").exists() else "haproxy"
+
     def port(self, server: str) -> int | None:
         """Where a server was told to listen; None if it is not deployed. `server` is a key of `PORTS`."""
-        path, pattern = PORTS[server]
+        path, pattern = ON_NGINX.get(server, PORTS[server]) if self.proxy == "nginx" else PORTS[server]
         try:
             text = (self.machines / path).read_text(encoding="utf-8")
         except OSError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from infra import benchmarks
@@ -12,7 +11,7 @@ from infra.plan import make_plan
 from infra.stack_file import load_stack_file, stack_file
 
 if TYPE_CHECKING:
-    from infra.config import StackConfig
+    from infra.config import ApiKeys, StackConfig
     from infra.plan.model import FleetPlan
     from infra.weights.lock import WeightsLock
 
@@ -28,7 +27,7 @@ def plan_stack_file(stack: str, lock: WeightsLock) -> FleetPlan:
     return plan_config(stack, config, lock, keys)
 
 
-def plan_config(stack: str, config: StackConfig, lock: WeightsLock, api_keys: Mapping[str, str]) -> FleetPlan:
+def plan_config(stack: str, config: StackConfig, lock: WeightsLock, api_keys: ApiKeys) -> FleetPlan:
     """The plan of a config, with what this machine and its files say.
 
     Raises:

@@ -76,7 +76,7 @@ def _engines_and_ports(plan: FleetPlan) -> Table:
     rows = [(f"engine {engine.name}", f"{engine.port}", f"model {engine.model}") for engine in plan.engines]
     keys = ", ".join(name for name, _ in plan.gateway.keys)
     rows += [
-        ("gateway", f"{plan.gateway.port}", f"http://{plan.gateway.bind}:{plan.gateway.port}/v1, API keys: {keys}"),
+        ("gateway", f"{plan.gateway.port}", f"{plan.gateway.url}/v1, API keys: {keys}"),
         ("gateway statistics", f"{plan.gateway.stats_port}", ""),
         ("agent", f"{plan.agent.port}", ""),
         ("prometheus", f"{plan.monitor.prometheus_port}", f"keeps samples for {plan.timings.retention}"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, SequenceNode
 
@@ -62,8 +64,14 @@ def load_stack_file(path: Path) -> StackConfig:
     raise ConfigError([Finding(path.name, what, f"start with `config:` and put `{NAMESPACE}:target: local` under it")])
 
 
-def add_key(path: Path, name: str, digest: str) -> None:
+def add_key(path: Path, name: str, digest: str, limits: Mapping[str, Any] = MappingProxyType({})) -> None:
     """Write the hash of an API key into a stack file; the rest of it stays as it is, comments too.
+
+    Args:
+        path: The stack file.
+        name: The key's owner.
+        digest: SHA-256 in hex of the key.
+        limits: What else is under the key's name in the config; nothing: the hash stands alone.
 
     Raises:
         ConfigError: The name is taken or cannot be one, or the file has no place for it.
@@ -79,7 +87,17 @@ def add_key(path: Path, name: str, digest: str) -> None:
         if name in keys:
             fix = f"`fleet keys revoke {name}` first, or choose another name"
             raise ConfigError([Finding(f"api-keys.{name}", "is there already", fix)])
-        keys[name] = f"sha256:{digest}"
+        text = f"sha256:{digest}"
+        keys[name] = {"hash": text, **{key: _on_one_line(value) for key, value in limits.items()}} if limits else text
+
+
+def _on_one_line(value: Any) -> Any:
+    """A list in brackets; anything else as it is."""
+    if not isinstance(value, tuple | list):
+        return value
+    line = CommentedSeq(value)
+    line.fa.set_flow_style()
+    return line
 
 
 def remove_key(path: Path, name: str) -> None:

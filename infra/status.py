@@ -146,7 +146,12 @@ def _look(deployed: Deployed) -> _Look:
         return f"{len(rows)} engines"
 
     def gateway() -> str:
-        servers.update(_servers(_get(deployed.port("gateway statistics"), "/;csv")))
+        port = deployed.port("gateway statistics")
+        if deployed.proxy == "nginx":
+            ready = _get(port, "/rotation").split()
+            servers.update({name: "UP" if name in ready else "DOWN" for name in deployed.declared()})
+        else:
+            servers.update(_servers(_get(port, "/;csv")))
         return f"{sum(map(_in_rotation, servers.values()))} of {len(servers)} engines in rotation"
 
     questions: dict[str, Callable[[], str]] = {"gateway": gateway, "agent": agent}

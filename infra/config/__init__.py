@@ -6,10 +6,10 @@ the faulty values are left out and the findings stay attached, so that the plan 
 such a config with the findings of both.
 """
 
+from infra.config.api_keys import DEFAULT, ENCRYPTED, ApiKeys, KeyConfig, with_limits
 from infra.config.pools import PoolConfig, Rung
 from infra.config.reading import MAX_DEPTH, MAX_VALUES, from_pulumi, parse, region_of
 from infra.config.stack import (
-    ENCRYPTED,
     NAMESPACE,
     BudgetConfig,
     GatewayConfig,
@@ -28,6 +28,7 @@ from infra.config.units import duration, size
 from infra.config.words import Location
 
 __all__ = [
+    "DEFAULT",
     "ENCRYPTED",
     "MAX_DEPTH",
     "MAX_NAME",
@@ -35,9 +36,11 @@ __all__ = [
     "NAME",
     "NAMESPACE",
     "NAME_FIX",
+    "ApiKeys",
     "BudgetConfig",
     "GatewayConfig",
     "HostedPriceConfig",
+    "KeyConfig",
     "LocalConfig",
     "Location",
     "ModelConfig",
@@ -54,4 +57,5 @@ __all__ = [
     "region_of",
     "schema",
     "size",
+    "with_limits",
 ]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from infra.config.stack import ENCRYPTED
-from infra.findings import Finding
+from infra.config.api_keys import DEFAULT, ENCRYPTED
+from infra.findings import Finding, did_you_mean, show
 
 if TYPE_CHECKING:
     from infra.config.pools import PoolConfig
-    from infra.config.stack import ModelConfig, StackConfig
+    from infra.config.stack import GatewayConfig, ModelConfig, StackConfig
 
 NOT_ON_LOCAL = {
     "pool": "the target `local` is one machine, without pools",
@@ -25,6 +25,21 @@ NOT_ON_LOCAL = {
 """Keys of a model that mean nothing there."""
 
 
+NO_SESSION = frozenset(
+    {
+        "authorization",
+        "connection",
+        "content-length",
+        "content-type",
+        "forwarded",
+        "host",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+"""Headers that do not tell sessions apart, or that never get so far."""
+
+
 def checks(config: StackConfig, raw: Mapping[str, Any]) -> Iterator[Finding]:
     """Everything that is wrong between the values of a config.
 
@@ -36,7 +51,8 @@ def checks(config: StackConfig, raw: Mapping[str, Any]) -> Iterator[Finding]:
         yield from _on_local(config) if config.target == "local" else _on_gpus(config)
     for name, model in config.models.items():
         yield from _model(f"models.{name}", model)
-    yield from _shared_keys(config.api_keys)
+    yield from _keys(config, raw)
+    yield from _gateway(config.gateway)
     if config.target == "local":
         return
     written = raw.get("models")
@@ -72,26 +88,45 @@ def _on_local(config: StackConfig) -> Iterator[Finding]:
         if model.quantization == "auto":
             problem = "`auto` is whatever costs least, and the target `local` costs nothing"
             yield Finding(f"models.{name}.quantization", problem, "`none`, `8bit` or `4bit`")
-    if config.gateway.hosts is not None and config.gateway.hosts > 1:
-        problem = f"{config.gateway.hosts} machines: the target `local` is one"
-        yield Finding("gateway.hosts", problem, "remove it")
-    if config.gateway.hostname is not None:
-        problem = "the target `local` has no name: clients use 127.0.0.1 and the gateway's port"
-        yield Finding("gateway.hostname", problem, "remove it: nothing uses it there")
+    yield from _gateway_on_local(config.gateway)
     for key, part in (("budget", config.budget), ("prices", config.prices)):
         if part.model_fields_set:
             yield Finding(key, "the target `local` costs nothing", "remove it: nothing uses it there")
 
 
+def _gateway_on_local(gateway: GatewayConfig) -> Iterator[Finding]:
+    if gateway.hosts is not None and gateway.hosts > 1:
+        problem = f"{gateway.hosts} machines: the target `local` is one"
+        yield Finding("gateway.hosts", problem, "remove it")
+    if gateway.proxy_protocol:
+        problem = "on the target `local` clients reach the gateway themselves: nothing is in front that speaks PROXY"
+        yield Finding("gateway.proxy-protocol", problem, "remove it")
+    if gateway.hostname is not None:
+        problem = "the target `local` has no name: clients use 127.0.0.1 and the gateway's port"
+        yield Finding("gateway.hostname", problem, "remove it: nothing uses it there")
+
+
 def _on_gpus(config: StackConfig) -> Iterator[Finding]:
     for name, pool in config.pools.items():
         yield from _pool_of(config.target, f"pools.{name}", pool)
+    if config.gateway.weights:
+        problem = "engines are found by DNS there, and their weights stand in its records"
+        yield Finding("gateway.weights", problem, "remove it: on the target `local` engines have names that stay")
     if config.local.model_fields_set:
         problem = f"the target is `{config.target}`: ports can be chosen on the target `local` only"
         yield Finding("local", problem, "remove it, or choose `target: local`")
     if config.target == "kubernetes" and config.prices.instances:
         problem = "the nodes of a cluster have no instance types"
         yield Finding("prices.instances", problem, "write the price of a node as `pools.NAME.usd_per_hour`")
+
+
+def _gateway(gateway: GatewayConfig) -> Iterator[Finding]:
+    if gateway.routing != "session" and "session_header" in gateway.model_fields_set:
+        problem = f"the routing is `{gateway.routing}`: nothing reads this header"
+        yield Finding("gateway.session-header", problem, "remove it, or choose `routing: session`")
+    if gateway.session_header.lower() in NO_SESSION:
+        problem = f"`{gateway.session_header}` names no session: it belongs to HTTP, or to the gateway itself"
+        yield Finding("gateway.session-header", problem, "a header of your clients' own, such as `X-Session-Id`")
 
 
 def _model(at: str, model: ModelConfig) -> Iterator[Finding]:
@@ -105,14 +140,27 @@ def _model(at: str, model: ModelConfig) -> Iterator[Finding]:
         yield Finding(f"{at}.max-num-batched-tokens", problem, f"at least {at_once}, or a lower `concurrency`")
 
 
-def _shared_keys(api_keys: Mapping[str, str]) -> Iterator[Finding]:
-    """Keys that have two names: the gateway could not tell who asks."""
+def _keys(config: StackConfig, raw: Mapping[str, Any]) -> Iterator[Finding]:
+    """Keys that have two names, as the gateway could not tell who asks; and keys for models that are not there."""
     owners: dict[str, str] = {}
-    for name, digest in api_keys.items():
-        owner = owners.setdefault(digest, name)
-        if owner != name and digest != ENCRYPTED:
+    written = raw.get("models")
+    models = set(config.models) | (set(written) if isinstance(written, Mapping) else set())
+    for name, key in config.api_keys.items():
+        at = f"api-keys.{name}"
+        if name == DEFAULT:
+            yield Finding(at, "is the name of the stack's own key", "choose another name")
+        owner = owners.setdefault(key.hash, name)
+        if owner != name and key.hash != ENCRYPTED:
             problem = f"is the key of `{owner}`: the gateway could not tell which of them asks"
-            yield Finding(f"api-keys.{name}", problem, f"remove it, and `fleet keys add {name}` makes one of its own")
+            yield Finding(at, problem, f"remove it, and `fleet keys add {name}` makes one of its own")
+        for index, model in enumerate(key.models or ()):
+            if model not in models:
+                yield Finding(f"{at}.models.{index}", *no_model(model, config.models))
+
+
+def no_model(name: str, models: Iterable[str]) -> tuple[str, str]:
+    """What is wrong with the name of a model that is none, and what to do."""
+    return f"there is no model {show(name)}", did_you_mean(name, models)
 
 
 def _unused(config: StackConfig) -> Iterator[Finding]:

@@ -127,7 +127,8 @@ class _Cleaner:
             fix = "give it one, or remove the line to get the default"
             self.findings.append(Finding(words.path(location), "has no value", fix))
             return True
-        if isinstance(value, Mapping) and set(value) == {"secure"} and parents != ["api-keys"] and type_at(location):
+        secure = isinstance(value, Mapping) and set(value) == {"secure"}
+        if secure and not _may_be_secure(location) and type_at(location):
             fix = "write it in plain text; only the hashes under `api-keys` may be encrypted, each by itself"
             self.findings.append(Finding(words.path(location), "is encrypted", fix))
             return True
@@ -145,6 +146,15 @@ class _Cleaner:
             return False
         self.findings.append(Finding(words.path(location), known.problem, known.fix))
         return True
+
+
+def _may_be_secure(location: Location) -> bool:
+    """Whether a path is that of the hash of a key: `api-keys.NAME`, or `api-keys.NAME.hash` beside limits."""
+    match location:
+        case ("api-keys", _) | ("api-keys", _, "hash"):
+            return True
+        case _:
+            return False
 
 
 def _is_name(location: Location) -> bool:

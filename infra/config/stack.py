@@ -2,48 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PrivateAttr, WithJsonSchema
+from pydantic import Field, PrivateAttr
 
+from infra.config.api_keys import ApiKey
 from infra.config.pools import PoolConfig
 from infra.config.strict import Name, Strict
-from infra.config.units import Duration, Hostname, Size, refusal
+from infra.config.units import Duration, HeaderName, Hostname, HostPath, Size
 from infra.findings import Finding, in_order
 
 NAMESPACE = "vllm-fleet"
-ENCRYPTED = "(encrypted)"
-"""Stands for the hash of a key that only Pulumi can decrypt: `{secure: …}` in the stack file."""
-_KEY_HASH = re.compile(r"sha256:([0-9a-f]{64})")
-
-
-def key_hash(value: Any) -> str:
-    """SHA-256 in hex of an API key, from `sha256:<64 hex digits>`. What was given may be a key: it is not repeated."""
-    if isinstance(value, Mapping) and set(value) == {"secure"}:
-        return ENCRYPTED
-    match = _KEY_HASH.fullmatch(value) if isinstance(value, str) else None
-    if match is None:
-        raise refusal(
-            "is not the hash of an API key; it may be a key in plain text, so it is not shown",
-            "`fleet keys add NAME` makes a key and writes its hash; a key that was in a file is not secret any more",
-        )
-    return match[1]
-
-
-KeyHash = Annotated[
-    str,
-    BeforeValidator(key_hash),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string", "pattern": f"^{_KEY_HASH.pattern}$"},
-                {"type": "object", "properties": {"secure": {}}, "required": ["secure"], "additionalProperties": False},
-            ]
-        }
-    ),
-]
 Port = Annotated[int, Field(ge=1024, le=32767)]
 """Above is the range that Linux gives to outgoing connections: one of them could hold a port that a server needs."""
 
@@ -120,11 +90,29 @@ class PricesConfig(Strict):
     """Dollars an hour by instance type."""
 
 
+class TlsConfig(Strict):
+    """What the gateway proves its name with."""
+
+    certificate: HostPath
+    """PEM file on the gateway's machine: certificate, chain and key. It is read when the gateway starts or reloads."""
+
+
 class GatewayConfig(Strict):
     """The load balancer."""
 
-    proxy: Literal["haproxy"] = "haproxy"
-    routing: Literal["least-loaded", "round-robin"] = "least-loaded"
+    proxy: Literal["haproxy", "nginx"] = "haproxy"
+    routing: Literal["least-loaded", "round-robin", "prefix-affinity", "session"] = "least-loaded"
+    """How an engine is chosen. `prefix-affinity`: by the beginning of the first message, so that its prefix is cached
+    there; `session`: by a header of the request; both pass over an engine that has much more to do than the others."""
+    session_header: HeaderName = "X-Session-Id"
+    """Header that names the session."""
+    weights: dict[str, Annotated[int, Field(ge=1, le=256)]] = Field(default_factory=dict)
+    """Of single engines, by name (`chat-1`), against 100 of the others: a canary gets less. Least-loaded heeds them
+    under load only."""
+    tls: TlsConfig | None = None
+    """Default: plain HTTP."""
+    proxy_protocol: bool = False
+    """A load balancer in front says with PROXY who the client is. Nobody else may then reach the port."""
     max_body: Annotated[Size, Field(ge=1 << 10, le=64 << 20)] | None = None
     """Largest request. Default: what a full context can take as JSON, at least 1MiB."""
     hosts: Annotated[int, Field(ge=1, le=16)] | None = None
@@ -170,8 +158,9 @@ class StackConfig(Strict):
     models: Annotated[dict[Name, ModelConfig], Field(min_length=1)]
     """By the name that clients put in `model`."""
     gateway: GatewayConfig = GatewayConfig()
-    api_keys: dict[Name, KeyHash] = Field(default_factory=dict)
-    """SHA-256 of each API key, by the name of its owner. `fleet keys add NAME` writes them."""
+    api_keys: dict[Name, ApiKey] = Field(default_factory=dict)
+    """SHA-256 of each API key, and its limits if it has any, by the name of its owner. `fleet keys add NAME` writes
+    them."""
     slo: SloConfig = SloConfig()
     pools: dict[Name, PoolConfig] = Field(default_factory=dict)
     """GPU nodes, by name."""

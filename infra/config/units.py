@@ -1,4 +1,4 @@
-"""Numbers that are written with a unit, and names of hosts: from text, and back to it where a limit is told."""
+"""Numbers that are written with a unit, names of hosts and headers: from text, and back to it where a limit is told."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ _LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _HOSTNAME = re.compile(rf"(?:{_LABEL}\.)*(?=[a-z0-9-]*[a-z]){_LABEL}")
 """RFC 1123; the last part is no number, or it would be an address."""
 MAX_HOSTNAME = 253
+_HEADER = re.compile(r"[A-Za-z][A-Za-z0-9-]{0,63}")
+_PATH = re.compile(r"/[A-Za-z0-9._/@+-]{1,255}")
 
 
 def refusal(problem: str, fix: str) -> PydanticCustomError:
@@ -67,6 +69,23 @@ def _is_hostname(text: str) -> bool:
     return len(text) <= MAX_HOSTNAME and _HOSTNAME.fullmatch(text) is not None
 
 
+def header_name(value: Any) -> str:
+    """Name of an HTTP header."""
+    if not isinstance(value, str) or not _HEADER.fullmatch(value):
+        raise refusal(
+            f"{show(value)} is not the name of a header", "letters, digits and hyphens, such as `X-Session-Id`"
+        )
+    return value
+
+
+def path_on_host(value: Any) -> str:
+    """Absolute path of a file, without anything that the configuration of a proxy would have to quote."""
+    if not isinstance(value, str) or not _PATH.fullmatch(value):
+        fix = "from / on, letters, digits and . _ - + @ alone: `/etc/vllm-fleet/gateway.pem`"
+        raise refusal(f"{show(value)} is not the path of a file on the gateway's machine", fix)
+    return value
+
+
 def as_duration(seconds: float) -> str:
     """Seconds in the unit in which they are shortest to say."""
     return f"{seconds * 1000:g}ms" if seconds < 1 else f"{seconds:g}s"
@@ -85,4 +104,10 @@ Duration = Annotated[
 Size = Annotated[int, BeforeValidator(size), WithJsonSchema({"type": "string", "pattern": f"^{_SIZE.pattern}$"})]
 Hostname = Annotated[
     str, BeforeValidator(hostname), WithJsonSchema({"type": "string", "pattern": f"^{_HOSTNAME.pattern}$"})
+]
+HeaderName = Annotated[
+    str, BeforeValidator(header_name), WithJsonSchema({"type": "string", "pattern": f"^{_HEADER.pattern}$"})
+]
+HostPath = Annotated[
+    str, BeforeValidator(path_on_host), WithJsonSchema({"type": "string", "pattern": f"^{_PATH.pattern}$"})
 ]

@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING, Protocol
 
 from infra.config import ENCRYPTED
-from infra.plan.model import AlertThresholds, GatewayPlan
+from infra.findings import did_you_mean
+from infra.plan.engines import names
+from infra.plan.model import AlertThresholds, GatewayPlan, KeyPlan
+from infra.plan.proxy_features import on_nginx
 from infra.plan.timings import queue_length
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from infra.config import StackConfig
     from infra.plan.ledger import Ledger
-    from infra.plan.model import Timings
+    from infra.plan.model import ModelPlan, Timings
+    from infra.weights.lock import WeightsLock
 
 KIB, MIB = 1 << 10, 1 << 20
 BIND = "127.0.0.1"
 BYTES_PER_TOKEN = 32
 """Of JSON: four characters of text, each up to six bytes when it is escaped, and what is around them."""
 DEFAULT_BODY = MIB
-LARGEST_READ_BODY = MIB
-"""Where there are several models, `model` is read from the body: the gateway holds the whole of each request."""
+DEFAULT_READ_BODY = MIB
+LARGEST_READ_BODY = 4 * MIB
+"""Where there are several models, `model` is read from the body: the gateway holds the whole of each request. No more
+than 1 MiB by default, as few have need of more and all pay for it: so many fewer requests may wait. What is larger than
+4 MiB takes the path of its model, /models/NAME/v1, and is not read."""
+LISTENING = frozenset(
+    f"{name}ForConditionalGeneration"
+    for name in (
+        *("CohereAsr", "FireRedASR2", "FunASR", "Gemma3n", "GlmAsr", "GraniteSpeech", "GraniteSpeechPlus"),
+        *("MossTranscribeDiarize", "Qwen3ASR", "Qwen3OmniMoe", "Voxtral", "Whisper"),
+    )
+) | {"MoonshotKimiaForCausalLM"}
+"""Architectures for which vLLM 0.32 has /v1/audio (those that implement its SupportsTranscription)."""
 SINGLE_MODEL_BUFFER = 64 * KIB
 """Half of it bounds requests that do not state their length."""
 HEADERS = 32 * KIB
@@ -55,15 +71,13 @@ def max_body_bytes(given: int | None, models: Mapping[str, Served], ledger: Ledg
     if given is not None:
         ledger.given("gateway.max-body", f"{given} bytes")
         if several and given > LARGEST_READ_BODY:
-            problem = (
-                "too much where there are several models: the gateway reads a whole body to find out which is meant"
-            )
-            ledger.refuse("gateway.max-body", problem, f"at most {LARGEST_READ_BODY // MIB}MiB")
+            most = f"{LARGEST_READ_BODY // MIB}MiB"
+            ledger.note("gateway.max-body", f"requests over {most} must say their model in the path: /models/NAME/v1")
         return given
     needed = max(sizing.context for sizing in models.values()) * BYTES_PER_TOKEN
     default = max(DEFAULT_BODY, math.ceil(needed / MIB) * MIB)
     if several:
-        default = min(default, LARGEST_READ_BODY)
+        default = min(default, DEFAULT_READ_BODY)
     ledger.because(
         "gateway.max-body", f"{default // MIB}MiB", f"{BYTES_PER_TOKEN} bytes a token of context, at least 1MiB"
     )
@@ -79,6 +93,8 @@ def plan_gateway(  # noqa: PLR0913 - everything that it depends on
     *,
     bind: str = BIND,
     rates: Mapping[str, float] | None = None,
+    srv_name: str | None = None,
+    audio: Iterable[str] = (),
 ) -> GatewayPlan:
     """The gateway.
 
@@ -88,10 +104,13 @@ def plan_gateway(  # noqa: PLR0913 - everything that it depends on
     second), or could if all requests were short; the deadline does the rest. Less if waiting bodies would take more
     than 128 MiB.
     `maxconn`: all that is served or waits, and clients that are idle; so it is the queue that refuses, with an answer.
+    `audio`: the models that listen.
+    `srv`: where ready engines are registered in the DNS, they are found there; `srv_name` has `{model}` for the model.
     """
     body = max_body_bytes(config.gateway.max_body, models, ledger)
     several = len(models) > 1
-    buffer = math.ceil((body + HEADERS) / (16 * KIB)) * 16 * KIB if several else SINGLE_MODEL_BUFFER
+    read = min(body, LARGEST_READ_BODY)
+    buffer = math.ceil((read + HEADERS) / (16 * KIB)) * 16 * KIB if several else SINGLE_MODEL_BUFFER
     slots = {name: sizing.engines * sizing.concurrency for name, sizing in models.items()}
     if rates:
         waiting = max(queue_length(rate, timings.queue_s) for rate in rates.values())
@@ -99,13 +118,17 @@ def plan_gateway(  # noqa: PLR0913 - everything that it depends on
     else:
         waiting = max(slots.values()) * timings.queue_s // FASTEST_REQUEST_S
         reason = f"what could be served in {timings.queue_s} s if all requests were short"
+    if config.gateway.proxy == "nginx":
+        waiting, reason = 0, "nginx has none: requests wait in the engines"
     queue = min(waiting, QUEUE_MEMORY // buffer)
+    on_nginx(config, models, ledger, srv=srv_name is not None)
     for name, sizing in models.items():
         ledger.because(
             f"gateway.server-maxconn.{name}", sizing.concurrency, "what one engine runs at once: its concurrency"
         )
     ledger.because("gateway.queue", queue, reason if queue == waiting else "waiting requests may take 128 MiB")
-    if ENCRYPTED in config.api_keys.values():
+    keys = plan_keys(config, models)
+    if any(key.sha256 == ENCRYPTED for key in keys):
         ledger.note("api-keys", "some hashes are encrypted: only Pulumi can read them, so this plan does not have them")
     return GatewayPlan(
         proxy=config.gateway.proxy,
@@ -119,7 +142,55 @@ def plan_gateway(  # noqa: PLR0913 - everything that it depends on
         max_body_bytes=body,
         buffer_bytes=buffer,
         route_by_body=several,
-        keys=tuple(sorted(config.api_keys.items())),
+        keys=tuple((key.name, key.sha256) for key in keys),
+        key_limits=keys if any(key.limited for key in keys) else (),
+        session_header=config.gateway.session_header,
+        server_weights=_weights(config, models, ledger),
+        tls=config.gateway.tls.certificate if config.gateway.tls else None,
+        proxy_protocol=config.gateway.proxy_protocol,
+        audio=tuple(audio),
+        discovery="dns-srv" if srv_name else "static",
+        srv=_srv(models, srv_name) if srv_name else (),
+    )
+
+
+def listening(models: Iterable[ModelPlan], lock: WeightsLock) -> list[str]:
+    """The models whose engines have /v1/audio."""
+    return [model.name for model in models if lock.models[model.weights].facts.architecture in LISTENING]
+
+
+def _weights(config: StackConfig, models: Mapping[str, Served], ledger: Ledger) -> tuple[tuple[str, int], ...]:
+    """The weights of single engines, each of which there is."""
+    known = [engine for name, sizing in models.items() for engine in names(name, sizing.engines)]
+    for name in config.gateway.weights:
+        if name not in known:
+            ledger.refuse(f"gateway.weights.{name}", "there is no such engine", did_you_mean(name, known))
+    return tuple(sorted(config.gateway.weights.items()))
+
+
+def _srv(models: Mapping[str, Served], srv_name: str) -> tuple[tuple[str, str, int], ...]:
+    """Where each model's engines are found, and room for as many as there are while an update replaces some.
+
+    Of a model's name a label of the DNS can have letters, digits and hyphens only.
+    """
+    return tuple(
+        (name, srv_name.format(model=re.sub("[._]", "-", name)), sizing.engines + max(2, sizing.engines // 4))
+        for name, sizing in models.items()
+    )
+
+
+def plan_keys(config: StackConfig, models: Mapping[str, Served]) -> tuple[KeyPlan, ...]:
+    """The API keys by name. A key for all models is for any: nothing has to be looked up for it."""
+    return tuple(
+        KeyPlan(
+            name=name,
+            sha256=key.hash,
+            models=tuple(sorted(set(key.models))) if key.models and set(key.models) != set(models) else None,
+            rpm=key.rpm,
+            concurrency=key.concurrency,
+            expires=key.expires,
+        )
+        for name, key in sorted(config.api_keys.items())
     )
 
 

@@ -15,7 +15,7 @@ from infra.plan.choice import explain as explain_choice
 from infra.plan.choice import limits, ranked
 from infra.plan.cost import Rented, Served, Traffic, capacity, host_rent, note_overload, plan_cost, pool_rent
 from infra.plan.engines import OFFLINE, gpu_flags
-from infra.plan.gateway import plan_gateway, thresholds
+from infra.plan.gateway import listening, plan_gateway, thresholds
 from infra.plan.gpu_models import Chosen, ask_of, choose_model, explain_model
 from infra.plan.model import (
     AgentPlan,
@@ -114,7 +114,13 @@ class GpuPlanner:
         self._check_work(works, pools, aws)
         sized = {name: Sized(one.ask.context, one.best.concurrency, engines[name]) for name, one in chosen.items()}
         rates = {name: engines[name] * one.speed.requests_s for name, one in chosen.items()}
-        gateway = plan_gateway(self.config, sized, PORTS, derived, self.ledger, bind=EVERYWHERE, rates=rates)
+        gateway = plan_gateway(
+            *(self.config, sized, PORTS, derived, self.ledger),
+            bind=EVERYWHERE,
+            rates=rates,
+            srv_name=self._srv_name(),
+            audio=listening((one.model_plan() for one in chosen.values()), self.world.lock),
+        )
         cost = self._cost(placed, chosen, engines)
         self.ledger.settle()
         for one in chosen.values():
@@ -259,6 +265,12 @@ class GpuPlanner:
             pool.plan = place_on_cluster(pool.name, pool.wanted, gpu, demands, self.ledger)
 
     # Timings.
+
+    def _srv_name(self) -> str:
+        """Where the ready engines of a model are registered: a namespace of Cloud Map, or a headless Service."""
+        if self.config.target == "aws":
+            return f"_{{model}}._tcp.{self.stack}.internal"
+        return f"_http._tcp.{{model}}.{self.stack}.svc.cluster.local"
 
     def _ttft(self) -> float:
         given = self.config.slo.ttft_p95

@@ -227,15 +227,53 @@ class PoolPlan(Frozen):
         return self.nodes * max(rung.usd_per_hour for rung in self.rungs) if self.rungs else self.usd_per_hour
 
 
+class KeyPlan(Frozen):
+    """An API key and what it may do. None: no limit."""
+
+    name: str
+    sha256: str
+    """In hex; the key itself is nowhere in the plan."""
+    models: tuple[str, ...] | None = None
+    rpm: int | None = None
+    """Requests that it may begin in a minute."""
+    concurrency: int | None = None
+    """Requests that it may have open at once."""
+    expires: str | None = None
+    """The last day on which it is good, YYYY-MM-DD in UTC."""
+
+    @property
+    def limited(self) -> bool:
+        """Whether there is anything that it may not do."""
+        return (self.models, self.rpm, self.concurrency, self.expires) != (None,) * 4
+
+
+class DnsPlan(Frozen):
+    """How the gateway asks for SRV records."""
+
+    nameservers: tuple[str, ...] = ()
+    """`address:port`; empty: those of the machine's resolv.conf."""
+    poll_ms: int = 1000
+    """How often it asks."""
+    retry_ms: int = 500
+    """When it takes a question for lost and asks again."""
+    retries: int = 3
+    gone_ms: int = 0
+    """How long an engine stays that is in no answer any more."""
+    keep_s: int = 86400
+    """How long the last answer holds while no nameserver gives another."""
+    payload_bytes: int = 8192
+    """Largest answer: 100 engines and more."""
+
+
 class GatewayPlan(Frozen):
     """The load balancer."""
 
-    proxy: Literal["haproxy"]
+    proxy: Literal["haproxy", "nginx"]
     bind: str
     port: int
     stats_port: int
     """Prometheus metrics and the status page, on loopback."""
-    routing: Literal["least-loaded", "round-robin"]
+    routing: Literal["least-loaded", "round-robin", "prefix-affinity", "session"]
     maxconn: int
     """Client connections at once."""
     server_maxconn: tuple[tuple[str, int], ...]
@@ -244,11 +282,35 @@ class GatewayPlan(Frozen):
     """Requests that may wait in the gateway."""
     max_body_bytes: int
     buffer_bytes: int
-    """HAProxy's tune.bufsize."""
+    """HAProxy's tune.bufsize: where there are several models, the largest request that `model` is read from."""
     route_by_body: bool
     """Several models: the gateway reads `model` from the JSON body. One model: it reads no body."""
     keys: tuple[tuple[str, str], ...]
     """(name, SHA-256 in hex) of each API key; the key itself is nowhere in the plan."""
+    key_limits: tuple[KeyPlan, ...] = ()
+    """The same keys, with what each may do; empty: none has a limit."""
+    session_header: str = "X-Session-Id"
+    prefix_bytes: int = 512
+    """Of the first message: what prefix affinity goes by."""
+    balance_percent: int = 150
+    """Affinity ends where an engine has so much of the mean load."""
+    server_weights: tuple[tuple[str, int], ...] = ()
+    """(engine, weight); all others have 100."""
+    tls: str | None = None
+    """PEM file on the gateway's machine, with certificate, chain and key; None: plain HTTP."""
+    proxy_protocol: bool = False
+    """Clients come through a load balancer that says who they are."""
+    discovery: Literal["static", "dns-srv"] = "static"
+    srv: tuple[tuple[str, str, int], ...] = ()
+    """(model, SRV name, slots): where the engines are found, and for how many there is room."""
+    dns: DnsPlan = DnsPlan()
+    audio: tuple[str, ...] = ()
+    """Models whose engines have /v1/audio."""
+
+    @property
+    def url(self) -> str:
+        """Where clients on the machine itself reach it."""
+        return f"{'https' if self.tls else 'http'}://{self.bind}:{self.port}"
 
 
 class AgentPlan(Frozen):

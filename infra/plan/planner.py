@@ -13,11 +13,12 @@ from infra.catalog.efficiency import efficiency
 from infra.catalog.gpu_start import gpu_start
 from infra.catalog.memory import memory_catalog
 from infra.catalog.services import services
+from infra.config import with_limits
 from infra.findings import did_you_mean, nearest, show
 from infra.plan.candidates import World
 from infra.plan.cost import priced
 from infra.plan.engines import names, plan_engines, step_tokens
-from infra.plan.gateway import plan_gateway, thresholds
+from infra.plan.gateway import listening, plan_gateway, thresholds
 from infra.plan.gpu_fleet import GpuPlanner
 from infra.plan.hosted import hosted
 from infra.plan.ledger import Ledger
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from infra.benchmarks import Benchmark
     from infra.catalog import Instance
-    from infra.config import StackConfig
+    from infra.config import ApiKeys, StackConfig
     from infra.plan.memory import Sizing
     from infra.weights.lock import WeightsLock
 
@@ -48,7 +49,7 @@ def make_plan(  # noqa: PLR0913, PLR0917 - what a plan is made from
     config: StackConfig,
     lock: WeightsLock,
     host: HostFacts | None,
-    api_keys: Mapping[str, str],
+    api_keys: ApiKeys,
     benchmarks: Sequence[Benchmark] = (),
 ) -> FleetPlan:
     """Decide everything that a fleet needs to have decided.
@@ -58,7 +59,7 @@ def make_plan(  # noqa: PLR0913, PLR0917 - what a plan is made from
         config: What the user wants.
         lock: The models that can be served.
         host: The machine of a local stack; the other targets need none.
-        api_keys: SHA-256 in hex of each API key, by its owner's name.
+        api_keys: The API keys, by their owners' names.
         benchmarks: What was measured; it stands before what is estimated.
 
     Raises:
@@ -66,7 +67,7 @@ def make_plan(  # noqa: PLR0913, PLR0917 - what a plan is made from
     """
     ledger = Ledger(list(config.findings))
     region = config.region
-    config = config.model_copy(update={"api_keys": dict(api_keys)})
+    config = config.model_copy(update={"api_keys": with_limits(api_keys)})
     _check_name(stack, ledger)
     _note_promises(config, ledger)
     _check_parsers(config, ledger)
@@ -156,7 +157,7 @@ def _local(stack: str, config: StackConfig, lock: WeightsLock, host: HostFacts, 
     ttft = config.slo.ttft_p95 or DEFAULT_TTFT_P95_S
     ledger.because("slo.ttft_p95", f"{ttft:g}s", "written in the stack file" if config.slo.ttft_p95 else "default")
     derived = _timings(sizings, config, ttft, ledger)
-    gateway = plan_gateway(config, sizings, ports, derived, ledger)
+    gateway = plan_gateway(config, sizings, ports, derived, ledger, audio=listening(models.values(), lock))
     ledger.settle()
     return FleetPlan(
         stack=stack,

@@ -41,6 +41,7 @@ class Layout:
     weights: Mapping[str, Place] = field(default_factory=dict)
     """By entry of models.lock.yaml."""
     haproxy: Path | None = None
+    nginx: Path | None = None
     prometheus: Path | None = None
     alertmanager: Path | None = None
     grafana: Path | None = None
@@ -58,13 +59,13 @@ class Program:
     environment: Mapping[str, str] = field(default_factory=dict)
     engine: bool = False
     """An engine is drained before it stops and must get ready after it started."""
-    reload: Literal["", "haproxy", "SIGHUP"] = ""
+    reload: Literal["", "haproxy", "nginx", "SIGHUP"] = ""
     """How changed files are taken up without a restart, where only files changed and not the command."""
     listen: str = ""
-    """`host:port` that the process manager listens on and passes as descriptor 0."""
+    """`host:port`, or `unix://` and a path, that the process manager listens on and passes as descriptor 0."""
     standby: bool = False
     """A second process waits to take over from the first; they settle between themselves which one works."""
-    stop_signal: Literal["TERM", "USR1"] = "TERM"
+    stop_signal: Literal["TERM", "USR1", "QUIT"] = "TERM"
     stop_s: int = 10
     """From the stop signal to SIGKILL of the whole process group."""
     settle_s: int = 1

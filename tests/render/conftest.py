@@ -13,6 +13,7 @@ import pytest
 
 from tests.render.fakes import FakeAgent, FakeEngine, Loop
 from tests.render.gateways import Fleet, Gateway, Ports, StartFleet, tool
+from tests.render.nginx_gateways import NginxGateway
 from tests.render.plans import a_plan
 
 
@@ -60,7 +61,8 @@ def start_fleet(loop: Loop, ports: Ports, root: Path, pool: ThreadPoolExecutor) 
             }
         )
         agent.status = {engine.port: 200 if ready else 503 for engine in fakes.values()}
-        gateway = Gateway(root, made, tool("haproxy"))
+        proxy = made.gateway.proxy
+        gateway = (NginxGateway if proxy == "nginx" else Gateway)(root, made, tool(proxy))
         fleet = Fleet(gateway, fakes, agent, httpx.Client(base_url=gateway.url, timeout=60))
         started.append(fleet)
         gateway.start()

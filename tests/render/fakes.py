@@ -173,7 +173,8 @@ class FakeAgent(Server):
         self.loop.loop.call_soon_threadsafe(self.awake.set)
 
     async def _ready(self, request: web.Request) -> web.Response:
-        state = request.headers["X-Haproxy-Server-State"]
+        # HAProxy says which engine is meant in a header, the keeper of nginx in the query.
+        state = request.headers.get("X-Haproxy-Server-State") or f"; port={request.query['port']};"
         self.headers.append(state)
         match = re.search(r"; port=(\d+);", state)
         assert match, state

@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fleet_agent.balancer import merge_states
+from fleet_agent.balancer import merge_states, revoke
 
 from infra.paths import toolchain_dir
 from infra.plan.model import FleetPlan
@@ -85,7 +85,7 @@ class Gateway:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.plan.gateway.port}"
+        return self.plan.gateway.url
 
     @property
     def bundle(self) -> Bundle:
@@ -111,10 +111,11 @@ class Gateway:
         )
 
     def reload(self, plan: FleetPlan) -> None:
-        """Take up another plan as the apply program does: states saved, master told, new worker waited for."""
+        """Take up another plan as the apply program does: keys revoked, states saved, master told, worker there."""
         before = self.worker()
         self.plan = plan
         write(self.bundle, self.root)
+        revoke(self.root / "run", (self.root / "slots/haproxy/keys.map").read_text())
         (self.root / "run/haproxy.state").write_text(
             merge_states(self.command("show servers state"), (self.root / "slots/haproxy/servers.state").read_text())
         )

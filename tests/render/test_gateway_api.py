@@ -60,9 +60,47 @@ HOSTILE = [
     "*",
     "metrics",
     "/v1/chat/completions#/../../metrics",
+    "/v1/completions/.",
+    "/v1/completions%20",
+    "/v1/completions%0d%0aX:y",
+    "/v1/completions%3fx",
+    "/v1%c0%afcompletions",
+    "/v1\xef\xbc\x8fcompletions",
+    "/.//metrics",
+    "///metrics",
+    "/%2e%2e/metrics",
+    "/v1/audio/translations",
+    "/v1/audio/speech",
+    "/v1/rerank",
+    "/v1/models/chat",
+    "/rerank",
+    "/score",
+    "/classify",
+    "/pooling",
+    "/collective_rpc",
+    "/is_sleeping",
+    "/start_profile",
+    "/version",
+    "/models",
+    "/models/",
+    "/models/chat",
+    "/models/chat/",
+    "/models/chat/metrics",
+    "/models/chat/v1",
+    "/models/chat/v1/",
+    "/models//v1/completions",
+    "/models/chat//v1/completions",
+    "/models/chat/v1/../../../metrics",
+    "/models/../metrics",
+    "/models/chat/../../metrics",
+    "/models/chat%2fv1/completions",
+    "/models/chat/v1/completions/v1/completions",
+    "/models/chat/models/chat/v1/completions",
+    "/models/chat/v1/audio/transcriptions",
+    "/Models/chat/v1/completions",
 ]
 
-NOT_HTTP = {"/v1/chat/completions#/../../metrics", "metrics", "*"}
+NOT_HTTP = {"/v1/chat/completions#/../../metrics", "metrics", "*", "/v1\xef\xbc\x8fcompletions"}
 """Targets that the parser of some HAProxy refuses by itself: it closes, or says 400 (before 3.0 with its own page)."""
 
 
@@ -337,7 +375,22 @@ class TestErrors:
         assert seen(fleet) == []
 
     @pytest.mark.parametrize(
-        "encoding", ["chunked, identity", "gzip, chunked", "xchunked", "chunked\r\nContent-Length: 4"]
+        "encoding",
+        [
+            "chunked, identity",
+            "gzip, chunked",
+            "xchunked",
+            "chunked\r\nContent-Length: 4",
+            "chunked\r\nTransfer-Encoding: identity",
+            "identity\r\nTransfer-Encoding: chunked",
+            "chunked\r\nTransfer-Encoding : x",
+            "chunked, chunked",
+            "Chunked",
+            "\tchunked",
+            "chunked ;x=y",
+            '"chunked"',
+            "\x0bchunked",
+        ],
     )
     def test_transfer_encodings_do_not_smuggle(self, fleet: Fleet, encoding: str) -> None:
         hidden = b"0\r\n\r\nGET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"

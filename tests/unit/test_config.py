@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from infra.config import ENCRYPTED, NAMESPACE, duration, from_pulumi, parse, schema, size
+from infra.config import ENCRYPTED, NAMESPACE, duration, from_pulumi, parse, schema, size, with_limits
 from infra.config.plaintext import credential
 from infra.findings import ConfigError
 from infra.paths import ROOT
@@ -91,7 +91,7 @@ def test_findings_stay_until_the_plan() -> None:
 
 def test_a_hash_may_be_encrypted_and_is_then_not_known() -> None:
     config = parse({"target": "local", "models": {"small": {}}, "api-keys": {"team-a": {"secure": "v1:xyz"}}})
-    assert config.api_keys == {"team-a": ENCRYPTED}
+    assert config.api_keys == with_limits({"team-a": ENCRYPTED})
     plan = make_plan("local", config, a_lock(), a_host(), config.api_keys)
     assert [notice.path for notice in plan.notices] == ["api-keys"]
 
@@ -165,7 +165,7 @@ def test_a_key_is_added_and_nothing_else_changes(stack_file: Path) -> None:
     add_key(stack_file, "team-a", HASH)
     text = stack_file.read_text()
     assert text.replace(f"  vllm-fleet:api-keys:\n    team-a: sha256:{HASH}\n", "") == WRITTEN
-    assert load_stack_file(stack_file).api_keys == {"team-a": HASH}
+    assert load_stack_file(stack_file).api_keys == with_limits({"team-a": HASH})
     assert load_stack_file(stack_file).findings == ()
     assert stack_file.stat().st_mode & 0o777 == 0o640
     assert [file.name for file in stack_file.parent.iterdir()] == [stack_file.name]
@@ -190,7 +190,7 @@ def test_a_name_is_taken_once(stack_file: Path) -> None:
     add_key(stack_file, "team-a", HASH)
     with pytest.raises(ConfigError, match=r"api-keys\.team-a: is there already"):
         add_key(stack_file, "team-a", "cd" * 32)
-    assert load_stack_file(stack_file).api_keys == {"team-a": HASH}
+    assert load_stack_file(stack_file).api_keys == with_limits({"team-a": HASH})
 
 
 def test_a_key_that_is_not_there_cannot_be_removed(stack_file: Path) -> None:

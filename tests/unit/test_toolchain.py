@@ -112,6 +112,7 @@ def release(site: str) -> Release:
     [
         ("v3.259.0", (3, 259, 0)),
         ("HAProxy version 2.8.25-5cf5d0683 2026/06/26 - https://haproxy.org/", (2, 8, 25)),
+        ("nginx version: nginx/1.22.1", (1, 22, 1)),
         ("prometheus, version 2.42.0+ds (branch: debian/sid)", (2, 42, 0)),
         ("go version go1.27.3 linux/amd64", (1, 27, 3)),
         ("Version 11.2 (commit: 1)", (11, 2)),

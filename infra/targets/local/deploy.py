@@ -62,6 +62,7 @@ def layout(plan: FleetPlan, lock: WeightsLock, role: str) -> Layout:
         vllm=engine_dir(f"vllm-{plan.vllm_version}") / "bin" / "vllm",
         weights={model.weights: cache.place(model.weights, lock) for model in plan.models},
         haproxy=found.haproxy,
+        nginx=found.nginx,
         prometheus=found.prometheus,
         alertmanager=found.alertmanager,
         grafana=found.grafana,
@@ -69,7 +70,7 @@ def layout(plan: FleetPlan, lock: WeightsLock, role: str) -> Layout:
 
 
 def _outputs(plan: FleetPlan) -> None:
-    base = f"http://{plan.gateway.bind}:{plan.gateway.port}"
+    base = plan.gateway.url
     key_file = host.default_key_file(plan.stack)
     own_key = any(name == "default" for name, _ in plan.gateway.keys) and key_file.is_file()
     key = f'"$(cat {key_file})"' if own_key else '"$API_KEY"'

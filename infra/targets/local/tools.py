@@ -13,6 +13,7 @@ from infra.paths import engine_dir, toolchain_dir
 from infra.plan.model import FleetPlan
 
 SET_UP = "run `make setup`"
+SET_UP_NGINX = "run `toolchain/run python -m toolchain install --only nginx`"
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Tools:
     prometheus: Path | None
     alertmanager: Path | None
     grafana: Path | None
+    nginx: Path | None = None
 
 
 @cache
@@ -39,6 +41,7 @@ def find() -> Tools:
         prometheus=which("prometheus"),
         alertmanager=which("alertmanager"),
         grafana=which("grafana") or which("grafana-server"),
+        nginx=which("nginx"),
     )
 
 
@@ -47,9 +50,13 @@ def missing(plan: FleetPlan) -> list[Finding]:
     tools = find()
     vllm = engine_dir(f"vllm-{plan.vllm_version}") / "bin" / "vllm"
     needed = {
-        "haproxy": tools.haproxy,
+        plan.gateway.proxy: {"haproxy": tools.haproxy, "nginx": tools.nginx}[plan.gateway.proxy],
         "prometheus": tools.prometheus,
         "alertmanager": tools.alertmanager,
         f"vLLM {plan.vllm_version}": vllm if vllm.is_file() else None,
     }
-    return [Finding("target", f"{name} is not installed", SET_UP) for name, path in needed.items() if path is None]
+    return [
+        Finding("target", f"{name} is not installed", SET_UP_NGINX if name == "nginx" else SET_UP)
+        for name, path in needed.items()
+        if path is None
+    ]

@@ -101,7 +101,7 @@ class Change:
         try:
             for program in services:
                 self._service(program)
-            for name in gone:
+            for name in reversed(gone):  # what was started last goes first: nginx before its keeper
                 self._remove(name)
             for program in fresh:
                 self._start(program)
@@ -133,6 +133,8 @@ class Change:
         folder = self.bundle.program_folder(program.name)
         if program.reload == "haproxy":
             balancer.check(self.machine, folder)
+        elif program.reload == "nginx":
+            balancer.check_nginx(self.machine, folder)
         slot = self.machine.slot_bundle(program.name)
         before = slot.programs.get(program.name) if slot else None
         gentle = program.reload and not self._down(program.name) and before is not None and before.unit == program.unit
@@ -149,7 +151,7 @@ class Change:
         if program.reload == "haproxy":
             balancer.reload(self.machine, self.supervisor, program.name)
         else:
-            self.supervisor.signal(program.name, program.reload.removeprefix("SIG"))
+            self.supervisor.signal(program.name, "HUP")
 
     def _remove(self, name: str) -> None:
         slot = self.machine.slot_bundle(name)

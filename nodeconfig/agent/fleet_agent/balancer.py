@@ -11,6 +11,7 @@ import os
 import shlex
 import socket
 import subprocess
+import tempfile
 from configparser import RawConfigParser
 from pathlib import Path
 
@@ -18,22 +19,29 @@ from fleet_agent.machine import AgentError, Machine
 from fleet_agent.supervise import Supervisor, wait_for
 
 SOCKET = "haproxy.sock"
+MASTER = "master.sock"
+"""Where HAProxy's master listens; it passes on what is for a certain worker."""
 STATE = "haproxy.state"
+KEYS = "slots/haproxy/keys.map"
+"""What HAProxy calls the file of the keys' hashes."""
 RELOAD_S = 15
 SIGNALS = 3
 IDENTITY = (1, 3, 4, 18, 21)
 """Columns be_name, srv_name, srv_addr, srv_port, srv_check_port of HAProxy's server-state format."""
 
+SRV_RECORD = 19
+"""Column srvrecord: the name whose SRV records have the server; - where it stands in the configuration."""
 
-def command(run: Path, line: str) -> str:
-    """One command on HAProxy's stats socket, and its answer.
+
+def command(run: Path, line: str, listener: str = SOCKET) -> str:
+    """One command on a socket of HAProxy's, the stats socket if none is named, and its answer.
 
     Raises:
         OSError: HAProxy does not listen there.
     """
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(5)
-        connection.connect(str(run / SOCKET))
+        connection.connect(str(run / listener))
         connection.sendall(line.encode() + b"\n")
         connection.shutdown(socket.SHUT_WR)
         return b"".join(iter(lambda: connection.recv(65536), b"")).decode()
@@ -73,6 +81,25 @@ def check(machine: Machine, folder: Path) -> None:
         )
 
 
+def check_nginx(machine: Machine, folder: Path) -> None:
+    """Let nginx read the configuration in a program folder.
+
+    Raises:
+        AgentError: it refuses it; the text holds nginx's own words.
+    """
+    unit = RawConfigParser(interpolation=None)
+    unit.read(folder / "program.ini")
+    command_line = shlex.split(unit.get(unit.sections()[0], "command"))
+    # As above; and run/ is a new one, as the list of engines in the machine's own belongs to the old configuration.
+    with tempfile.TemporaryDirectory(prefix="check.", dir=machine.run) as name:
+        trial = Path(name)
+        (trial / "slots").mkdir()
+        (trial / "slots" / folder.name).symlink_to(folder)
+        result = subprocess.run([*command_line, "check"], cwd=trial, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise AgentError(f"nginx refuses the new configuration, the old one goes on:\n{result.stderr or result.stdout}")
+
+
 def reload(machine: Machine, supervisor: Supervisor, program: str) -> None:
     """Make the running HAProxy read its slot again.
 
@@ -81,6 +108,7 @@ def reload(machine: Machine, supervisor: Supervisor, program: str) -> None:
     """
     before = _worker(machine.run)
     initial = (machine.slots / program / "servers.state").read_text(encoding="ascii")
+    revoke(machine.run, (machine.slots / program / "keys.map").read_text(encoding="ascii"))
     state = merge_states(command(machine.run, "show servers state"), initial)
     (machine.run / STATE).write_text(state, encoding="ascii")
     for _ in range(SIGNALS):  # a master that is just starting loses the signal
@@ -90,14 +118,31 @@ def reload(machine: Machine, supervisor: Supervisor, program: str) -> None:
     raise AgentError("HAProxy did not take up the new configuration; its old workers go on")
 
 
+def revoke(run: Path, keys: str) -> None:
+    """Let the workers that run, also those that are on their way out, forget the keys that a new keys.map lacks.
+
+    After a reload a worker still has clients' idle connections, and answers one more request on each (`option
+    idle-close-on-response`). It must not do that for a key that was revoked.
+    """
+    still = {line.split()[0] for line in keys.splitlines() if line and not line.startswith("#")}
+    rows = [row.split() for row in command(run, "show proc", MASTER).splitlines()]
+    for worker in (row[0] for row in rows if row[1:2] == ["worker"]):
+        for row in command(run, f"@!{worker} show map {KEYS}", MASTER).splitlines():
+            match row.split():
+                case [_, sha256, _] if sha256 not in still:
+                    command(run, f"@!{worker} del map {KEYS} {sha256}", MASTER)
+
+
 def merge_states(running: str, initial: str) -> str:
     """The servers of `initial`, each with the state that it has in `running` if it is the same server there.
 
     Both are HAProxy's server-state format, version 1. The same server: backend, name, address, port and check port; a
-    row with another port would win over the configuration.
+    row with another port would win over the configuration. Servers that were found by DNS are in no configuration: they
+    keep their state and their address, so that a reload does without a nameserver.
     """
     known = _rows(running)
-    return "\n".join(["1", *(known.get(server, row) for server, row in _rows(initial).items()), ""])
+    found = [row for row in known.values() if row.split()[SRV_RECORD].startswith("_")]
+    return "\n".join(["1", *(known.get(server, row) for server, row in _rows(initial).items()), *found, ""])
 
 
 def _rows(text: str) -> dict[tuple[str, ...], str]:

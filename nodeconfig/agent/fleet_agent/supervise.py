@@ -172,7 +172,17 @@ def running(process: psutil.Process) -> bool:
 
 def machine_processes(root: Path) -> list[psutil.Process]:
     """Every process that belongs to a machine."""
-    return marked(MARK, str(root))
+    return [*marked(MARK, str(root)), *_untitled(root)]
+
+
+def _untitled(root: Path) -> list[psutil.Process]:
+    """A machine's nginx: it writes its title over its environment, and is known by the folder that it works in."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.name().startswith("nginx") and process.cwd() == str(root) and running(process):
+                found.append(process)
+    return found
 
 
 def end_processes(root: Path, timeout_s: float, say: Callable[[str], None]) -> None:
