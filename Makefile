@@ -45,8 +45,11 @@ lock: ## recompile every requirements/*.txt; UPGRADE=--upgrade takes newer versi
 	$(LOCK) requirements/uv.in -o requirements/uv.txt
 	$(LOCK) pyproject.toml requirements/build.in -c requirements/uv.txt -o requirements/fleet.txt
 	$(LOCK) pyproject.toml requirements/build.in --extra dev -c requirements/fleet.txt -o requirements/dev.txt
+	$(LOCK) pyproject.toml requirements/build.in --extra aws -c requirements/dev.txt -o requirements/aws.txt
+	$(LOCK) requirements/node.in -c requirements/dev.txt -o requirements/node.txt
 	$(LOCK) requirements/haproxy.in -o requirements/haproxy.txt
 	$(LOCK) requirements/bench.in -o requirements/bench.txt
+	$(LOCK) requirements/moto.in -o requirements/moto.txt
 	$(LOCK) requirements/go.in -o requirements/go.txt
 	$(LOCK) requirements/torch.in --excludes requirements/torch-excludes.txt -o requirements/torch.txt
 	$(LOCK) requirements/vllm.in --overrides requirements/torch-overrides.txt --excludes requirements/engine-excludes.txt --no-emit-package torch -o requirements/vllm.txt
