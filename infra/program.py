@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from infra.plan.model import FleetPlan
+    from infra.weights.lock import WeightsLock
 
 PLAN = "plan"
 """Stack output: what the next edit is compared with."""
@@ -41,12 +42,37 @@ def run(stack: str) -> None:
         _tell(plan)
         weights.require_digests(lock, {model.name: model.weights for model in plan.models})
         deploy.deploy(plan, lock)
+    elif wanted.target == "aws":
+        plan = plan_config(stack, wanted, lock, wanted.api_keys)
+        _tell(plan)
+        _on_aws(plan, lock)
     else:
         plan = plan_config(stack, wanted, lock, wanted.api_keys)
         _tell(plan)
-        fix = "`fleet plan` and `pulumi preview` say what it will be and cost; this version deploys to: local"
+        fix = "`fleet plan` and `pulumi preview` say what it will be and cost; this version deploys to: local, aws"
         raise ConfigError([Finding("target", f"{plan.target}: not available yet", fix)])
     pulumi.export(PLAN, kept(plan))
+
+
+def _on_aws(plan: FleetPlan, lock: WeightsLock) -> None:
+    """Deploy to AWS.
+
+    Raises:
+        ConfigError: The SDK is not installed, or what AWS would refuse.
+    """
+    try:
+        from infra.targets.aws import deploy  # noqa: PLC0415 - as above
+    except ModuleNotFoundError as error:
+        if error.name != "pulumi_aws":
+            raise
+        fix = "`make up STACK=...` installs it; by hand: `uv pip sync requirements/aws.txt`"
+        raise ConfigError([Finding("target", "aws: the package pulumi-aws is not installed", fix)]) from None
+    if pulumi.runtime.is_dry_run():
+        from infra import quotas  # noqa: PLC0415 - nobody else asks AWS for them
+
+        for notice in quotas.check(plan):
+            pulumi.log.warn(f"{notice.path}: {notice.message}")
+    deploy.deploy(plan, lock)
 
 
 def _tell(plan: FleetPlan) -> None:

@@ -219,6 +219,30 @@ class Host(language_pb2_grpc.LanguageRuntimeServicer):
             return pb.RunResponse(bail=True)
         return pb.RunResponse(error=f"the program ended with exit code {code}" if code else "")
 
+    def RunPlugin(  # noqa: N802
+        self, request: pb.RunPluginRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.RunPluginResponse]:
+        """Run a plugin that is written in Python, such as a policy pack, and pass on what it says."""
+        try:
+            python = interpreter(request.info)
+        except NoInterpreterError as error:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        process = subprocess.Popen(
+            [python, request.info.program_directory, *request.args],
+            stdout=subprocess.PIPE,
+            env=os.environ | dict(it.split("=", 1) for it in request.env) | {"PYTHONUNBUFFERED": "1"},
+            cwd=request.pwd or None,
+        )
+        self._programs.add(process)
+        context.add_callback(process.terminate)
+        assert process.stdout is not None  # noqa: S101 - it was asked for
+        # As it comes: the engine waits for the first line, the plugin's port.
+        while said := os.read(process.stdout.fileno(), 65536):
+            yield pb.RunPluginResponse(stdout=said)
+        code = process.wait()
+        self._programs.discard(process)
+        yield pb.RunPluginResponse(exitcode=code)
+
 
 def main() -> None:
     """Serve until told to stop, or until the engine has gone without telling."""

@@ -19,14 +19,18 @@ from infra.catalog.engine import EngineCatalog
 from infra.catalog.gpu_start import GpuStart
 from infra.catalog.gpus import Gpu
 from infra.catalog.hosted import HostedPrice
+from infra.catalog.images import PublicImage
 from infra.catalog.instances import Instance
 from infra.catalog.memory import MemoryCatalog
+from infra.catalog.quotas import Quota
 from infra.catalog.services import Service
 from infra.catalog.strict import FOLDER, LOADER, Strict, parse
 from infra.findings import Finding, did_you_mean, in_order, kind, show
 
 ROWS: dict[str, tuple[str, type[Strict]]] = {
     "aws-instances.yaml": ("instances", Instance),
+    "aws-images.yaml": ("images", PublicImage),
+    "aws-quotas.yaml": ("quotas", Quota),
     "aws-services.yaml": ("services", Service),
     "gpus.yaml": ("gpus", Gpu),
     "hosted-prices.yaml": ("hosted", HostedPrice),

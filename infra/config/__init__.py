@@ -7,6 +7,7 @@ such a config with the findings of both.
 """
 
 from infra.config.api_keys import DEFAULT, ENCRYPTED, ApiKeys, KeyConfig, with_limits
+from infra.config.aws import AwsConfig, ImagesConfig, NetworkConfig
 from infra.config.pools import PoolConfig, Rung
 from infra.config.reading import MAX_DEPTH, MAX_VALUES, from_pulumi, parse, region_of
 from infra.config.stack import (
@@ -37,13 +38,16 @@ __all__ = [
     "NAMESPACE",
     "NAME_FIX",
     "ApiKeys",
+    "AwsConfig",
     "BudgetConfig",
     "GatewayConfig",
     "HostedPriceConfig",
+    "ImagesConfig",
     "KeyConfig",
     "LocalConfig",
     "Location",
     "ModelConfig",
+    "NetworkConfig",
     "PoolConfig",
     "PortsConfig",
     "PricesConfig",

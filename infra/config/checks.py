@@ -9,6 +9,7 @@ from infra.config.api_keys import DEFAULT, ENCRYPTED
 from infra.findings import Finding, did_you_mean, show
 
 if TYPE_CHECKING:
+    from infra.config.aws import AwsConfig
     from infra.config.pools import PoolConfig
     from infra.config.stack import GatewayConfig, ModelConfig, StackConfig
 
@@ -53,6 +54,11 @@ def checks(config: StackConfig, raw: Mapping[str, Any]) -> Iterator[Finding]:
         yield from _model(f"models.{name}", model)
     yield from _keys(config, raw)
     yield from _gateway(config.gateway)
+    if config.target == "aws":
+        yield from _aws(config)
+    elif config.aws.model_fields_set:
+        problem = f"the target is `{config.target}`"
+        yield Finding("aws", problem, "remove it, or choose `target: aws`")
     if config.target == "local":
         return
     written = raw.get("models")
@@ -161,6 +167,50 @@ def _keys(config: StackConfig, raw: Mapping[str, Any]) -> Iterator[Finding]:
 def no_model(name: str, models: Iterable[str]) -> tuple[str, str]:
     """What is wrong with the name of a model that is none, and what to do."""
     return f"there is no model {show(name)}", did_you_mean(name, models)
+
+
+def _aws(config: StackConfig) -> Iterator[Finding]:
+    """What cannot be together under `aws`."""
+    aws, network, hostname = config.aws, config.aws.network, config.gateway.hostname
+    if aws.endpoint == "public":
+        if aws.clients is None:
+            problem = "is missing: a public endpoint is open to nobody unless you say to whom"
+            yield Finding("aws.clients", problem, "the networks of your clients; `[0.0.0.0/0]` is everybody")
+        if aws.certificate is None and config.gateway.tls is None and not (aws.hosted_zone and hostname):
+            fix = "add `certificate: arn:aws:acm:…`, or `hosted-zone` and `gateway.hostname` to have one made"
+            yield Finding("aws.certificate", "is missing: keys would cross the internet in plain text", fix)
+    if aws.certificate is not None and config.gateway.tls is not None:
+        problem = "the load balancer or the gateways end TLS, not both"
+        yield Finding("aws.certificate", problem, "remove it, or remove `gateway.tls`")
+    if aws.hosted_zone is not None and hostname is None:
+        yield Finding("aws.hosted-zone", "no name is to be put into it", "add `gateway.hostname: llm.example.com`")
+    if (network.vpc is None) != (network.subnets is None):
+        missing, there = ("subnets", "vpc") if network.subnets is None else ("vpc", "subnets")
+        problem = f"is missing: `{there}` means a network that is there already"
+        yield Finding(f"aws.network.{missing}", problem, f"add it, or remove `{there}` to have a network made")
+    yield from _aws_internet(aws)
+
+
+def _aws_internet(aws: AwsConfig) -> Iterator[Finding]:
+    network = aws.network
+    if network.vpc is not None:
+        for key in ("cidr", "internet", "flow_logs"):
+            if key in network.model_fields_set:
+                problem = f"`vpc: {network.vpc}` is there already, and has its own"
+                yield Finding(f"aws.network.{key.replace('_', '-')}", problem, "remove it")
+        if aws.endpoint == "public":
+            problem = "the subnets of a VPC that is there already are taken for private ones"
+            yield Finding("aws.endpoint", problem, "`internal`, or remove `network.vpc` to have a network made")
+        return
+    if network.internet == "nat":
+        return
+    if not network.interface_endpoints:
+        problem = "is false, and with `internet: none` machines cannot reach the services of AWS otherwise"
+        yield Finding("aws.network.interface-endpoints", problem, "write `interface-endpoints: true`")
+    for role in ("engine", "gateway", "monitor"):
+        if getattr(aws.images, role) is None:
+            problem = "is missing: the public image installs itself from the internet, and there is `internet: none`"
+            yield Finding(f"aws.images.{role}", problem, "an image that images/ made, or `internet: nat`")
 
 
 def _unused(config: StackConfig) -> Iterator[Finding]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PrivateAttr
 
 from infra.config.api_keys import ApiKey
+from infra.config.aws import AwsConfig
 from infra.config.pools import PoolConfig
 from infra.config.strict import Name, Strict
 from infra.config.units import Duration, HeaderName, Hostname, HostPath, Size
@@ -167,6 +168,7 @@ class StackConfig(Strict):
     budget: BudgetConfig = BudgetConfig()
     prices: PricesConfig = PricesConfig()
     local: LocalConfig = LocalConfig()
+    aws: AwsConfig = AwsConfig()
 
     _region: str | None = PrivateAttr(default=None)
     _findings: tuple[Finding, ...] = PrivateAttr(default=())

@@ -32,7 +32,7 @@ HINTS = {
         "reservation": "write `capacity: [{reservation: cr-…}, on-demand]`: ways to get nodes, in this order",
     },
     StackConfig: dict.fromkeys(
-        ("region", "aws", "aws-region", "aws:region"), f"write `aws:region: …`, without `{NAMESPACE}:`"
+        ("region", "aws-region", "aws:region"), f"write `aws:region: …`, without `{NAMESPACE}:`"
     ),
 }
 """What to do about a key that is none, by the part of the config that it was written in."""
@@ -78,6 +78,8 @@ def finding(problem: ErrorDetails, written: Location) -> Finding:
         problem: The error.
         written: Its path as the user has written it.
     """
+    if problem["loc"][-1] == KEY and problem["type"] == "finding":
+        return Finding(path(written[:-1]), problem["ctx"]["problem"], problem["ctx"]["fix"])
     if problem["loc"][-1] == KEY:
         likely = likely_name(str(written[-2])) if written[0] != "api-keys" else None
         fix = f"write `{likely}`: {NAME_FIX}" if likely else NAME_FIX

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from infra.config import ENCRYPTED
 from infra.findings import did_you_mean
 from infra.plan.engines import names
-from infra.plan.model import AlertThresholds, GatewayPlan, KeyPlan
+from infra.plan.model import AlertThresholds, DnsPlan, GatewayPlan, KeyPlan
 from infra.plan.proxy_features import on_nginx
 from infra.plan.timings import queue_length
 
@@ -45,6 +45,10 @@ HEADERS = 32 * KIB
 QUEUE_MEMORY = 128 * MIB
 FASTEST_REQUEST_S = 1
 """A slot serves one request a second at best; more that wait would only wait in vain."""
+BYTES_PER_ENGINE = 128
+"""In an answer of the DNS: a record of where it is, and one of that name's address (75 measured)."""
+LARGEST_ANSWER = 65_535
+"""Bytes of a datagram."""
 IDLE_CLIENTS = 256
 """Connections that are kept alive and ask for nothing."""
 
@@ -95,6 +99,7 @@ def plan_gateway(  # noqa: PLR0913 - everything that it depends on
     rates: Mapping[str, float] | None = None,
     srv_name: str | None = None,
     audio: Iterable[str] = (),
+    hosts: int = 1,
 ) -> GatewayPlan:
     """The gateway.
 
@@ -105,6 +110,7 @@ def plan_gateway(  # noqa: PLR0913 - everything that it depends on
     than 128 MiB.
     `maxconn`: all that is served or waits, and clients that are idle; so it is the queue that refuses, with an answer.
     `audio`: the models that listen.
+    `gateways`: of several, all count together what a key does; there is room for one more while one is replaced.
     `srv`: where ready engines are registered in the DNS, they are found there; `srv_name` has `{model}` for the model.
     """
     body = max_body_bytes(config.gateway.max_body, models, ledger)
@@ -151,6 +157,9 @@ def plan_gateway(  # noqa: PLR0913 - everything that it depends on
         audio=tuple(audio),
         discovery="dns-srv" if srv_name else "static",
         srv=_srv(models, srv_name) if srv_name else (),
+        dns=_dns(models, ports) if srv_name else DnsPlan(),
+        gateways=hosts + 1 if hosts > 1 else 1,
+        peers_port=ports["gateway-peers"] if hosts > 1 else 0,
     )
 
 
@@ -177,6 +186,19 @@ def _srv(models: Mapping[str, Served], srv_name: str) -> tuple[tuple[str, str, i
         (name, srv_name.format(model=re.sub("[._]", "-", name)), sizing.engines + max(2, sizing.engines // 4))
         for name, sizing in models.items()
     )
+
+
+def _dns(models: Mapping[str, Served], ports: Mapping[str, int]) -> DnsPlan:
+    """How the gateway asks where engines are.
+
+    Where it has a nameserver of its own (nodeconfig/agent/fleet_agent/names.py), all of a model's engines are in one
+    answer. Else the answer is as large as such answers usually may be.
+    """
+    if "gateway-names" not in ports:
+        return DnsPlan()
+    most = max(sizing.engines + max(2, sizing.engines // 4) for sizing in models.values())
+    payload = min(LARGEST_ANSWER, max(DnsPlan().payload_bytes, most * BYTES_PER_ENGINE))
+    return DnsPlan(nameservers=(f"{BIND}:{ports['gateway-names']}",), payload_bytes=payload)
 
 
 def plan_keys(config: StackConfig, models: Mapping[str, Served]) -> tuple[KeyPlan, ...]:

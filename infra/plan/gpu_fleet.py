@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from infra.config import PoolConfig
 from infra.findings import did_you_mean, show
+from infra.plan.aws import plan_aws
 from infra.plan.budget import check_budget
 from infra.plan.candidates import World
 from infra.plan.capacity import check_drain, note_spot
@@ -19,10 +20,12 @@ from infra.plan.gateway import listening, plan_gateway, thresholds
 from infra.plan.gpu_models import Chosen, ask_of, choose_model, explain_model
 from infra.plan.model import (
     AgentPlan,
+    AwsPlan,
     AwsTimings,
     CostPlan,
     EngineSetPlan,
     FleetPlan,
+    GatewayPlan,
     KubernetesTimings,
     MonitorPlan,
     PoolPlan,
@@ -47,12 +50,15 @@ DEFAULT_GATEWAYS = 2
 PORTS = {
     "gateway": 8080,
     "gateway-stats": 8404,
+    "gateway-peers": 8405,
     "agent": 9190,
     "prometheus": 9090,
     "alertmanager": 9093,
     "grafana": 3000,
 }
 """Each service has its own machines: the usual ports."""
+AWS_PORTS = {"gateway-names": 8406}
+"""What only gateways on AWS have: a nameserver on loopback."""
 EVERYWHERE = "0.0.0.0"  # noqa: S104 - the security group decides who reaches it
 
 
@@ -115,12 +121,16 @@ class GpuPlanner:
         sized = {name: Sized(one.ask.context, one.best.concurrency, engines[name]) for name, one in chosen.items()}
         rates = {name: engines[name] * one.speed.requests_s for name, one in chosen.items()}
         gateway = plan_gateway(
-            *(self.config, sized, PORTS, derived, self.ledger),
+            *(self.config, sized, PORTS | (AWS_PORTS if self.world.region else {}), derived, self.ledger),
             bind=EVERYWHERE,
             rates=rates,
             srv_name=self._srv_name(),
             audio=listening((one.model_plan() for one in chosen.values()), self.world.lock),
+            hosts=self.config.gateway.hosts or DEFAULT_GATEWAYS,
         )
+        if aws:
+            gateway = gateway.model_copy(update={"proxy_protocol": True})  # the load balancer says who the client is
+        on_aws = self._on_aws(list(placed.values()), gateway)
         cost = self._cost(placed, chosen, engines)
         self.ledger.settle()
         for one in chosen.values():
@@ -156,6 +166,7 @@ class GpuPlanner:
             pools=tuple(placed.values()),
             aws=aws,
             kubernetes=kubernetes,
+            on_aws=on_aws,
             cost=cost,
             choices=tuple(row for one in chosen.values() for row in explain_choice(one.choice)),
             notices=tuple(self.ledger.notices),
@@ -326,6 +337,18 @@ class GpuPlanner:
                 check_drain(name, works[name], self.ledger)
                 if spot:
                     note_spot(name, works[name], aws, self.ledger)
+
+    def _on_aws(self, pools: Sequence[PoolPlan], gateway: GatewayPlan) -> AwsPlan | None:
+        if not self.world.region:
+            return None
+        return plan_aws(
+            *(self.stack, self.config, pools, gateway),
+            region=self.world.region,
+            hosts=self.config.gateway.hosts or DEFAULT_GATEWAYS,
+            instances=self.world.instances,
+            services=self.services,
+            ledger=self.ledger,
+        )
 
     # Cost.
 

@@ -298,6 +298,8 @@ class GatewayPlan(Frozen):
     """(engine, weight); all others have 100."""
     tls: str | None = None
     """PEM file on the gateway's machine, with certificate, chain and key; None: plain HTTP."""
+    tls_sha256: str = ""
+    """Of that file, where it can be read while the plan is made: another certificate is a change."""
     proxy_protocol: bool = False
     """Clients come through a load balancer that says who they are."""
     discovery: Literal["static", "dns-srv"] = "static"
@@ -306,6 +308,10 @@ class GatewayPlan(Frozen):
     dns: DnsPlan = DnsPlan()
     audio: tuple[str, ...] = ()
     """Models whose engines have /v1/audio."""
+    gateways: int = 1
+    """Gateways that there is room for: they count together what a key has begun and has open."""
+    peers_port: int = 0
+    """Where they tell each other; 0: there is one gateway alone."""
 
     @property
     def url(self) -> str:
@@ -366,6 +372,115 @@ class SpeedPlan(Frozen):
     """Nine estimates of ten are closer; 0 if measured."""
     basis: str
     """What the numbers rest on."""
+
+
+class ZonePlan(Frozen):
+    """One availability zone of the network that is made."""
+
+    zone: str
+    """Its id: names like us-east-1a mean another zone in each account."""
+    private: str
+    """Subnet of the machines."""
+    public: str
+    """Subnet of what has addresses in the internet: the NAT gateway, a public endpoint."""
+
+
+class NetworkPlan(Frozen):
+    """Where the machines of AWS are."""
+
+    vpc: str | None
+    """One that is there already; None: it is made."""
+    subnets: tuple[str, ...]
+    """Of that VPC."""
+    cidr: str | None
+    """Of the VPC that is made."""
+    zones: tuple[ZonePlan, ...]
+    internet: Literal["nat", "none"]
+    interface_endpoints: bool
+    flow_logs: bool
+
+
+class GroupPlan(Frozen):
+    """One group of engine nodes: a pool's nodes that come from one rung of its ladder."""
+
+    name: str
+    """Of the Auto Scaling group; fixed, as its machines know it."""
+    pool: str
+    rung: int
+    kind: Literal["reservation", "capacity-block", "on-demand", "spot"]
+    reservation: str | None
+    """Id of the reservation or block."""
+    instances: tuple[str, ...]
+    """Types, the preferred one first."""
+    zones: tuple[str, ...]
+    minimum: int
+    maximum: int
+    min_healthy_percent: int
+    """With MaxHealthyPercentage 100: never a spare GPU."""
+    max_usd_per_hour: float | None
+    """Of a spot node."""
+
+
+class HostsPlan(Frozen):
+    """The gateways, or the monitor."""
+
+    group: str | None
+    """Name of the Auto Scaling group; None: there is none."""
+    instance: str
+    hosts: int
+    most: int
+    """While one is replaced."""
+    zones: tuple[str, ...]
+    min_healthy_percent: int
+    max_healthy_percent: int
+    volume_bytes: int
+    """Of the root volume."""
+    data_bytes: int
+    """Of the volume that outlives the machine; 0: there is none."""
+
+
+class BalancerPlan(Frozen):
+    """The load balancer in front of the gateways."""
+
+    public: bool
+    clients: tuple[str, ...]
+    """Networks; empty: the VPC's."""
+    port: int
+    tls: Literal["balancer", "gateway"] | None
+    """What ends TLS; None: nothing does."""
+    certificate: str | None
+    """Of ACM; None with `tls: balancer`: one is made for the hostname."""
+    hostname: str | None
+    hosted_zone: str | None
+    health_path: str
+    """What it asks each gateway for."""
+
+
+class AwsPlan(Frozen):
+    """What a fleet on AWS is made of beside its pools."""
+
+    network: NetworkPlan
+    groups: tuple[GroupPlan, ...]
+    """Of engine nodes."""
+    gateway: HostsPlan
+    monitor: HostsPlan
+    balancer: BalancerPlan
+    engine_ports: tuple[int, int]
+    """The first and the last on which an engine listens on any node."""
+    engine_image: str | None
+    """Id, or name of the SSM parameter that holds it; None: a public one."""
+    gateway_image: str | None
+    monitor_image: str | None
+    bake: bool
+    """Pipelines that bake such images are made."""
+    rollout: Literal["automatic", "manual"]
+    permissions_boundary: str | None
+    hub_token_arn: str | None
+    """Of the secret that holds a token for the hub."""
+    tags: tuple[tuple[str, str], ...]
+    """The user's own."""
+    protect: bool
+    """What holds data outlives the stack."""
 
 
 class CostLine(Frozen):
@@ -539,6 +654,7 @@ class FleetPlan(Frozen):
     pools: tuple[PoolPlan, ...] = ()
     aws: AwsTimings | None = None
     kubernetes: KubernetesTimings | None = None
+    on_aws: AwsPlan | None = None
     cost: CostPlan | None = None
     choices: tuple[ChoicePlan, ...] = ()
     notices: tuple[Notice, ...] = ()

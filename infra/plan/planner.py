@@ -89,7 +89,7 @@ def _note_promises(config: StackConfig, ledger: Ledger) -> None:
     """Say of what is promised, and not yet kept by anything."""
     if config.slo.availability is not None:
         ledger.note("slo.availability", "is written down; no alert compares with it yet")
-    if config.gateway.hostname is not None:
+    if config.gateway.hostname is not None and config.aws.hosted_zone is None:
         ledger.note("gateway.hostname", "is written down; no certificate and no name are made for it yet")
     if config.slo.tpot_p95 is not None and config.target == "local":
         ledger.note("slo.tpot_p95", "is written down; on local nothing is derived from it")

@@ -1,6 +1,7 @@
 """The bundle: everything one machine role runs, as files, addressed by digest.
 
     manifest.json                    what the apply program reads
+    node/...                         where machines are made by a cloud: what a machine needs beside its programs
     programs/<name>/program.ini      the unit of the machine's process manager (supervisord on local)
     programs/<name>/...              the program's own files
 
@@ -78,6 +79,8 @@ class Bundle:
 
     role: str
     programs: tuple[Program, ...]
+    node: Mapping[str, str] = field(default_factory=dict)
+    """Path to text of what is no program's: another one of these restarts none."""
 
     @property
     def files(self) -> dict[str, str]:
@@ -87,6 +90,7 @@ class Bundle:
             for program in self.programs
             for path, text in {**program.files, "program.ini": _unit(program)}.items()
         }
+        files |= {f"node/{path}": text for path, text in self.node.items()}
         return {**files, "manifest.json": self._manifest(files)}
 
     @property

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from infra.paths import NODECONFIG
+from infra.plan.engines import LOOPBACK
 from infra.plan.model import EnginePlan, FleetPlan, ModelPlan
 from infra.render.bundle import Bundle, Layout, Program, templates
 
@@ -16,11 +18,31 @@ STARTUP_FAILS_WITHIN_S = 5
 
 
 def engine_node(plan: FleetPlan, layout: Layout) -> Bundle:
-    """Everything that an engine node of the plan runs."""
-    return Bundle("engine", (_agent(plan, layout), *(_engine(plan, engine, layout) for engine in plan.engines)))
+    """Everything that the one engine node of a local plan runs."""
+    return Bundle("engine", programs(plan, layout, plan.engines, LOOPBACK))
 
 
-def _agent(plan: FleetPlan, layout: Layout) -> Program:
+def programs(plan: FleetPlan, layout: Layout, engines: Sequence[EnginePlan], host: str) -> tuple[Program, ...]:
+    """The programs of a node with these engines; `host` is the address on which its agent listens."""
+    return (_agent(plan, layout, host), *(_engine(plan, engine, layout) for engine in engines))
+
+
+def agent_code() -> dict[str, str]:
+    """The agent's package, by its paths."""
+    return {f"fleet_agent/{file.name}": file.read_text(encoding="utf-8") for file in sorted(AGENT.glob("*.py"))}
+
+
+def helper(name: str, layout: Layout, settings: Mapping[str, Any]) -> Program:
+    """A part of the agent's package as a program of its own, on machines of AWS."""
+    return Program(
+        name=name,
+        command=_python(layout, name, f"slots/{name}/{name}.json"),
+        environment={"PYTHONPATH": f"slots/{name}", "AWS_METADATA_SERVICE_NUM_ATTEMPTS": "5"},
+        files={f"{name}.json": _json(settings), **agent_code()},
+    )
+
+
+def _agent(plan: FleetPlan, layout: Layout, host: str) -> Program:
     timings = plan.timings
     settings = {
         "port": plan.agent.port,
@@ -33,13 +55,12 @@ def _agent(plan: FleetPlan, layout: Layout) -> Program:
         "crash_loop_restarts": timings.crash_loop_restarts,
         "crash_loop_window_s": timings.crash_loop_window_s,
     }
-    code = {f"fleet_agent/{file.name}": file.read_text(encoding="utf-8") for file in sorted(AGENT.glob("*.py"))}
     return Program(
         name="agent",
         command=_python(layout, "serve", "slots/agent/agent.json"),
         environment={"PYTHONPATH": "slots/agent"},
-        files={"agent.json": _json(settings), **code},
-        listen=f"127.0.0.1:{plan.agent.port}",
+        files={"agent.json": _json(settings), **agent_code()},
+        listen=f"{host}:{plan.agent.port}",
         standby=True,
         reload="SIGHUP",
     )

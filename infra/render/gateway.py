@@ -5,13 +5,14 @@ from __future__ import annotations
 import datetime as dt
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from infra.paths import NODECONFIG
 from infra.plan.model import EnginePlan, FleetPlan, KeyPlan, ModelPlan
 from infra.render.bundle import Bundle, Layout, Program, templates
+from infra.render.engine import helper
 from infra.render.nginx import nginx
 
 OPERATOR_CONNECTIONS = 16
@@ -129,7 +130,7 @@ def gateway(plan: FleetPlan, layout: Layout) -> Bundle:
         layout: where the machine's programs are; `haproxy` must be given.
 
     Returns:
-        A bundle of role `gateway` with the one program `haproxy`.
+        A bundle of role `gateway` with the program `haproxy`, and those that it needs on AWS.
 
     Raises:
         ValueError: the layout has no `haproxy`.
@@ -150,6 +151,7 @@ def gateway(plan: FleetPlan, layout: Layout) -> Bundle:
                     "-W",
                     "-S",
                     "unix@run/master.sock,mode,600",
+                    *(("-f", "run/peers.cfg") if _together(plan) else ()),
                     "-f",
                     "slots/haproxy/haproxy.cfg",
                 ),
@@ -160,8 +162,32 @@ def gateway(plan: FleetPlan, layout: Layout) -> Bundle:
                 stop_signal="USR1",
                 stop_s=STOP_S,
             ),
+            *_on_aws(plan, layout),
         ),
     )
+
+
+def _on_aws(plan: FleetPlan, layout: Layout) -> Iterator[Program]:
+    """What a gateway on AWS needs beside HAProxy: who the engines are, and where they count together who the others."""
+    if plan.region is None:
+        return
+    if plan.gateway.srv:
+        services = {
+            srv: (namespace, f"{service}._tcp")
+            for _, srv, _ in plan.gateway.srv
+            for service, _, namespace in [srv.partition("._tcp.")]
+        }
+        (listen,) = plan.gateway.dns.nameservers
+        yield helper("names", layout, {"region": plan.region, "listen": listen, "services": services})
+    if _together(plan):
+        room, port = plan.gateway.gateways, plan.gateway.peers_port
+        yield helper("peers", layout, {"region": plan.region, "stack": plan.stack, "room": room, "port": port})
+
+
+def _together(plan: FleetPlan) -> range:
+    """The numbers of the gateways that count together; none where there is one alone, or nothing to count."""
+    several = plan.gateway.gateways > 1 and _Limits.of(plan.gateway.key_limits).counted
+    return range(1, plan.gateway.gateways + 1) if several else range(0)
 
 
 def _files(plan: FleetPlan) -> dict[str, str]:
@@ -172,6 +198,8 @@ def _files(plan: FleetPlan) -> dict[str, str]:
     # Consistent hashing needs many points for each server: weight 100 gives 1600 of them.
     weighted = affinity or bool(plan.gateway.server_weights)
     weights = dict(plan.gateway.server_weights)
+    numbers = _together(plan)
+    own = '"keys/{}-${{FLEET_GATEWAY}}"' if numbers else "keys/{}"
     values: dict[str, Any] = {
         "gateway": plan.gateway,
         "timings": plan.timings,
@@ -179,6 +207,11 @@ def _files(plan: FleetPlan) -> dict[str, str]:
         "keys": plan.gateway.keys,
         "limits": limits,
         "local_peer": LOCAL_PEER,
+        "alone": not numbers,
+        "numbers": numbers,
+        "suffixes": [f"-{number}" for number in numbers] or [""],
+        "own_begun": own.format("begun"),
+        "own_open": own.format("open"),
         "backends": _backends(plan),
         "affinity": affinity,
         "weighted": weighted,
@@ -199,16 +232,10 @@ def _files(plan: FleetPlan) -> dict[str, str]:
 
     files = {name: render(f"{name}.j2") for name in ("haproxy.cfg", "keys.map", "models.map", "servers.state")}
     files["start.sh"] = (NODECONFIG / "gateway/start.sh").read_text()
+    if numbers:
+        files["peers.cfg"] = render("peers.cfg.j2")
     files["models.json"] = _models(plan.models)
-    for number, names in limits.models:
-        files[f"models-{number}.json"] = _models(plan.model(name) for name in names)
-    for name, about, rows in limits.maps():
-        if rows:
-            files[name] = render("limit.map.j2", about=about, rows=rows)
-    if limits.rpm:
-        files["errors/rate-limit.json"] = render("rate-limit.json.j2")
-    if limits.concurrency:
-        files["errors/concurrency-limit.json"] = render("concurrency-limit.json.j2")
+    files |= _limit_files(plan, limits, render)
     files["errors/unknown-model.json"] = render("unknown-model.json.j2")
     for name in STATIC:
         files[f"errors/{name}"] = (NODECONFIG / "gateway" / name).read_text()
@@ -220,6 +247,18 @@ def _files(plan: FleetPlan) -> dict[str, str]:
             files[f"errors/{status}.http"] = render(
                 "error.http.j2", status=int(status), reason=error["reason"], body=body
             )
+    return files
+
+
+def _limit_files(plan: FleetPlan, limits: _Limits, render: Callable[..., str]) -> dict[str, str]:
+    """What keys with limits need."""
+    files = {name: render("limit.map.j2", about=about, rows=rows) for name, about, rows in limits.maps() if rows}
+    for number, names in limits.models:
+        files[f"models-{number}.json"] = _models(plan.model(name) for name in names)
+    if limits.rpm:
+        files["errors/rate-limit.json"] = render("rate-limit.json.j2")
+    if limits.concurrency:
+        files["errors/concurrency-limit.json"] = render("concurrency-limit.json.j2")
     return files
 
 

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from infra.paths import NODECONFIG
-from infra.plan.model import FleetPlan
+from infra.plan.model import EnginePlan, FleetPlan
 from infra.render.bundle import Bundle, Layout, Program, templates
 
 LOOPBACK = "127.0.0.1"
+
+EXPORTERS = (("machine", 9100), ("gpu", 9400))
+"""Jobs of what images/ puts on engine nodes: node exporter and DCGM exporter, at their usual ports."""
 
 PERCENTILE_WINDOWS = 10
 """Alert windows that a rate or a percentile is taken over: enough requests for a 95th percentile to mean something."""
 
 
-def monitor(plan: FleetPlan, layout: Layout) -> Bundle:
+Slot = tuple[str, EnginePlan]
+"""Name of a pool, and an engine that each of its nodes has."""
+
+
+def monitor(plan: FleetPlan, layout: Layout, slots: Sequence[Slot] = ()) -> Bundle:
     """Render what watches the fleet.
 
     Args:
         plan: the fleet; every number comes from `plan.monitor` and `plan.timings`.
         layout: where the machine's programs are; `prometheus` and `alertmanager` must be given.
+        slots: on AWS, where machines are found by their tags, what engines they have.
 
     Returns:
         A bundle of role `monitor`: programs `prometheus` and `alertmanager`, and `grafana` if the layout has it.
@@ -39,7 +48,7 @@ def monitor(plan: FleetPlan, layout: Layout) -> Bundle:
                 f"--storage.tsdb.retention.time={plan.timings.retention}",
                 f"--web.listen-address={LOOPBACK}:{plan.monitor.prometheus_port}",
             ),
-            files={name: _render(plan, f"{name}.j2") for name in ("prometheus.yml", "rules.yml")},
+            files={name: _render(plan, f"{name}.j2", slots) for name in ("prometheus.yml", "rules.yml")},
             reload="SIGHUP",
             stop_s=20,
         ),
@@ -77,8 +86,12 @@ def monitor(plan: FleetPlan, layout: Layout) -> Bundle:
     return Bundle(role="monitor", programs=tuple(programs))
 
 
-def _render(plan: FleetPlan, name: str) -> str:
+def _render(plan: FleetPlan, name: str, slots: Sequence[Slot] = ()) -> str:
+    own_image = plan.on_aws is not None and plan.on_aws.engine_image is not None
     values: dict[str, Any] = {
+        "region": plan.region,
+        "slots": slots,
+        "exporters": EXPORTERS if own_image else (),
         "stack": plan.stack,
         "models": plan.models,
         "engines": plan.engines,

@@ -50,7 +50,9 @@ def start_fleet(loop: Loop, ports: Ports, root: Path, pool: ThreadPoolExecutor) 
     del pool  # it must outlive the fleet: with the engines, what waits for them ends
     started: list[Fleet] = []
 
-    def start(models: Sequence[str] = ("chat",), engines: int = 2, *, ready: bool = True, **plan: Any) -> Fleet:
+    def start(
+        models: Sequence[str] = ("chat",), engines: int = 2, *, ready: bool = True, run_peers: str = "", **plan: Any
+    ) -> Fleet:
         made = a_plan(models, engines, port=ports, **plan)
         agent = FakeAgent(loop).start()
         fakes = {engine.name: FakeEngine(loop, name=engine.name).start() for engine in made.engines}
@@ -63,6 +65,7 @@ def start_fleet(loop: Loop, ports: Ports, root: Path, pool: ThreadPoolExecutor) 
         agent.status = {engine.port: 200 if ready else 503 for engine in fakes.values()}
         proxy = made.gateway.proxy
         gateway = (NginxGateway if proxy == "nginx" else Gateway)(root, made, tool(proxy))
+        gateway.run_peers = run_peers
         fleet = Fleet(gateway, fakes, agent, httpx.Client(base_url=gateway.url, timeout=60))
         started.append(fleet)
         gateway.start()

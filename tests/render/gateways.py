@@ -82,6 +82,8 @@ class Gateway:
     plan: FleetPlan
     binary: Path
     process: subprocess.Popen[bytes] | None = None
+    run_peers: str = ""
+    """Where other gateways are, as the machine has found it."""
 
     @property
     def url(self) -> str:
@@ -93,17 +95,25 @@ class Gateway:
 
     def start(self) -> None:
         write(self.bundle, self.root)
+        if self.run_peers:
+            (self.root / "run/peers.cfg").write_text(self.run_peers)
         command = self.bundle.programs[0].command
         with (self.root / "log/haproxy.log").open("ab") as log:
             self.process = subprocess.Popen(command, cwd=self.root, stdout=log, stderr=subprocess.STDOUT)
         until("HAProxy listens", lambda: self.worker() != "")
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """The file that says where other gateways are, as an argument."""
+        files = self.bundle.files
+        return ("-f", "slots/haproxy/peers.cfg") if "programs/haproxy/peers.cfg" in files else ()
 
     def check(self) -> subprocess.CompletedProcess[str]:
         """What HAProxy says of the configuration."""
         write(self.bundle, self.root)
         (self.root / "run/haproxy.state").write_text("1\n")
         return subprocess.run(
-            [self.binary, "-c", "-f", "slots/haproxy/haproxy.cfg"],
+            [self.binary, "-c", *self.peers, "-f", "slots/haproxy/haproxy.cfg"],
             cwd=self.root,
             capture_output=True,
             text=True,

@@ -486,6 +486,14 @@ class TestModels:
     def test_only_the_top_level_model_counts(self, fleet: Fleet, body: str) -> None:
         assert self.served(fleet, body) == "embed-0"
 
+    def test_the_list_under_a_models_own_path_is_there_if_the_model_is(self, start_fleet: StartFleet) -> None:
+        client = start_fleet(("chat", "embed")).client
+        assert (
+            client.get("/models/chat/v1/models", headers=AUTH).json() == client.get("/v1/models", headers=AUTH).json()
+        )
+        answer = client.get("/models/other/v1/models", headers=AUTH)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+
     def test_an_unknown_model_is_404(self, fleet: Fleet) -> None:
         answer = fleet.client.post("/v1/completions", headers=AUTH, json={"model": 'no "such" model'})
         error = refused(answer, 404)

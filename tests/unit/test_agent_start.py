@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fleet_agent import verified
 from fleet_agent.start import REFUSED, check_weights, expected_files
 
 from infra.paths import NODECONFIG
@@ -73,6 +74,20 @@ def test_each_kind_of_mismatch_has_its_words(folder: Path) -> None:
     assert check_weights(folder, wanted) == ["config.json: No such file or directory"]
     (folder / "model.safetensors").write_bytes(CONTENT + b"!")
     assert check_weights(folder, files()) == ["model.safetensors: 8 bytes, must be 7"]
+
+
+def test_what_was_verified_as_it_came_is_not_read_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a file was read")
+
+    verified.write(folder, files())
+    with monkeypatch.context() as patched:
+        patched.setattr("hashlib.file_digest", refuse)
+        assert check_weights(folder, files()) == []
+    wanted = {"model.safetensors": {"size": len(CONTENT), "sha256": "0" * 64}}
+    assert "must be 000" in check_weights(folder, wanted)[0], "the record is not what the lock says"
+    (folder / "model.safetensors").write_bytes(CONTENT[::-1])
+    assert "SHA-256" in check_weights(folder, files())[0], "it was written to since"
 
 
 def test_digests_of_an_entry_that_was_made_here_come_from_its_record(tmp_path: Path) -> None:

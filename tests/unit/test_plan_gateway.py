@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from infra import weights
+from infra import planning, weights
 from infra.config import parse
 from infra.plan import make_plan
 from infra.plan.model import GatewayPlan
@@ -38,6 +39,23 @@ def test_what_is_written_is_taken() -> None:
     assert (made.routing, made.session_header, made.server_weights) == ("session", "X-Chat", (("chat-2", 10),))
     assert made.tls == "/etc/gateway.pem"
     assert made.url.startswith("https://")
+
+
+def test_another_certificate_is_another_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pem = tmp_path / "gateway.pem"
+    tls: dict[str, Any] = {"gateway": {"tls": {"certificate": str(pem)}}}
+    monkeypatch.setattr(planning, "make_plan", lambda *_: plan({"chat": {"weights": "small"}}, **tls))
+    monkeypatch.setattr("infra.targets.local.host.read_host", lambda: None)
+
+    def digest() -> str:
+        config = parse({"target": "local", "models": {"chat": {"weights": "small"}}, **tls})
+        return planning.plan_config("test", config, a_lock(), {}).gateway.tls_sha256
+
+    assert digest() == "", "the proxy says that there is none"
+    pem.write_text("one")
+    first = digest()
+    pem.write_text("another")
+    assert first != digest() != ""
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ class Checkout:
         self.calls = folder / "calls"
         (self.root / "requirements").mkdir(parents=True)
         shutil.copytree(ROOT / "toolchain", self.root / "toolchain", ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("pyproject.toml", "requirements/fleet.txt", "requirements/dev.txt"):
+        for name in ("pyproject.toml", *(f"requirements/{kind}.txt" for kind in ("fleet", "aws", "dev"))):
             (self.root / name).write_text(f"# {name}\n", encoding="utf-8")
         path = folder / "path"
         path.mkdir()
@@ -95,6 +95,20 @@ def test_dev_serves_for_fleet_but_not_the_other_way_round(checkout: Checkout) ->
     assert checkout.uv_calls() == MADE[1:]
     checkout.run("toolchain/bootstrap")
     checkout.run("toolchain/bootstrap", "--dev")
+    assert checkout.uv_calls() == []
+
+
+def test_a_stack_on_aws_gets_its_sdk_and_other_stacks_do_without(checkout: Checkout) -> None:
+    (checkout.root / "stacks").mkdir()
+    for stack, target in (("local", "local"), ("prod", "aws")):
+        text = f"config:\n  # vllm-fleet:target: aws\n  vllm-fleet:target: {target} # as planned\n"
+        (checkout.root / f"stacks/Pulumi.{stack}.yaml").write_text(text, encoding="utf-8")
+
+    assert "requirements/fleet.txt" in checkout.run("toolchain/bootstrap", "--stack", "local")[1]
+    assert "requirements/aws.txt" in checkout.run("toolchain/bootstrap", "--stack", "prod")[1]
+    checkout.uv_calls()
+    for stack in ("local", "prod", "not-there"):
+        assert checkout.run("toolchain/bootstrap", "--stack", stack) == (0, "")
     assert checkout.uv_calls() == []
 
 
@@ -180,7 +194,7 @@ def test_bootstrap_tries_every_way_to_uv_and_says_each(checkout: Checkout, tmp_p
 def test_bootstrap_refuses_options_it_does_not_know(checkout: Checkout) -> None:
     code, output = checkout.run("toolchain/bootstrap", "--prod")
     assert code == 1
-    assert "usage: toolchain/bootstrap [--dev]" in output
+    assert "usage: toolchain/bootstrap [--dev | --stack NAME]" in output
 
 
 SHELLS = [shell for shell in ("sh", "dash", "bash", "zsh") if shutil.which(shell)]

@@ -62,9 +62,12 @@ def check(machine: Machine, folder: Path) -> None:
     (trial / "slots").mkdir(parents=True)
     (trial / "run").symlink_to(machine.run)
     (trial / "slots" / folder.name).symlink_to(folder)
+    # Where several gateways count together, what the machine knows of them; or as long as that is nothing, the default.
+    known = "run" if (machine.run / "peers.cfg").exists() else f"slots/{folder.name}"
+    peers = ("-f", f"{known}/peers.cfg") if (folder / "peers.cfg").exists() else ()
     try:
         result = subprocess.run(
-            [binary, "-c", "-f", f"slots/{folder.name}/haproxy.cfg"],
+            [binary, "-c", *peers, "-f", f"slots/{folder.name}/haproxy.cfg"],
             cwd=trial,
             capture_output=True,
             text=True,
@@ -125,12 +128,32 @@ def revoke(run: Path, keys: str) -> None:
     idle-close-on-response`). It must not do that for a key that was revoked.
     """
     still = {line.split()[0] for line in keys.splitlines() if line and not line.startswith("#")}
-    rows = [row.split() for row in command(run, "show proc", MASTER).splitlines()]
+    rows = [row.split() for row in _of_master(run, "show proc").splitlines()]
     for worker in (row[0] for row in rows if row[1:2] == ["worker"]):
-        for row in command(run, f"@!{worker} show map {KEYS}", MASTER).splitlines():
+        for row in _of_master(run, f"@!{worker} show map {KEYS}").splitlines():
             match row.split():
                 case [_, sha256, _] if sha256 not in still:
-                    command(run, f"@!{worker} del map {KEYS} {sha256}", MASTER)
+                    _of_master(run, f"@!{worker} del map {KEYS} {sha256}")
+
+
+def _of_master(run: Path, line: str) -> str:
+    """A command to the master, which does not listen while it takes up a reload.
+
+    Raises:
+        OSError: it does not listen at all.
+    """
+    answers: list[str] = []
+
+    def asked() -> bool:
+        try:
+            answers.append(command(run, line, MASTER))
+        except (ConnectionError, FileNotFoundError):
+            return False
+        return True
+
+    if not wait_for(asked, RELOAD_S):
+        raise ConnectionRefusedError(f"HAProxy's master does not listen on {run / MASTER}")
+    return answers[0]
 
 
 def merge_states(running: str, initial: str) -> str:

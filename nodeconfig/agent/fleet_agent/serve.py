@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import ipaddress
 import json
 import logging
 import os
@@ -364,6 +365,15 @@ class Agent:
         return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
+@web.middleware
+async def loopback_changes(request: web.Request, handler: Any) -> web.StreamResponse:
+    """Anybody who reaches the agent may ask; only the machine itself may change something."""
+    if request.method not in {"GET", "HEAD"} and not ipaddress.ip_address(request.remote or "").is_loopback:
+        raise web.HTTPForbidden(text="only from the machine itself\n")
+    answer: web.StreamResponse = await handler(request)
+    return answer
+
+
 def _is_part(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.Error):
         return process.name().startswith(OWN_PROCESS) and running(process)
@@ -457,7 +467,7 @@ async def _work(machine: Machine, settings: dict[str, Any], afresh: Callable[[],
     async with aiohttp.ClientSession(timeout=timeout) as http:
         agent = Agent(machine, settings, http)
         await agent.look()  # before the first question comes
-        application = web.Application()
+        application = web.Application(middlewares=[loopback_changes])
         application.add_routes(agent.routes())
         runner = web.AppRunner(application, access_log=None)
         await runner.setup()

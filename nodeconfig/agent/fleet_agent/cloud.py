@@ -1,0 +1,124 @@
+"""What this machine tells AWS. Every call may be repeated; what is so already is no error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+PASSED = "No active Lifecycle Action found"
+"""Of a hook that nobody waits for any more."""
+
+
+class CloudError(Exception):
+    """AWS did not take it; another try may help."""
+
+
+class Cloud:
+    """The services, for one machine."""
+
+    def __init__(self, region: str, instance: str, address: str, group: str | None) -> None:
+        self.region, self.instance, self.address, self.group = region, instance, address, group
+        self._clients: dict[str, Any] = {}
+
+    def _call(self, service: str, method: str, *, fine: tuple[str, ...] = (), **arguments: Any) -> Any:
+        if service not in self._clients:
+            patience = Config(
+                connect_timeout=5,
+                read_timeout=10,
+                retries={"mode": "standard", "total_max_attempts": 3},
+                inject_host_prefix=True,
+            )
+            self._clients[service] = boto3.client(service, region_name=self.region, config=patience)
+        try:
+            return getattr(self._clients[service], method)(**arguments)
+        except ClientError as error:
+            found = error.response["Error"]
+            if found["Code"] not in fine and not any(text in found["Message"] for text in fine):
+                raise CloudError(str(error)) from None
+        except BotoCoreError as error:
+            # A client that was made while the machine had no credentials never looks for them again.
+            self._clients.clear()
+            raise CloudError(str(error)) from None
+
+    def hook(self, name: str, result: str) -> None:
+        """Let the group go on (CONTINUE), or end this machine (ABANDON).
+
+        Raises:
+            CloudError: as every method here.
+        """
+        self._call(
+            "autoscaling",
+            "complete_lifecycle_action",
+            fine=(PASSED,),
+            AutoScalingGroupName=self.group,
+            LifecycleHookName=name,
+            InstanceId=self.instance,
+            LifecycleActionResult=result,
+        )
+
+    def heartbeat(self, hook: str) -> None:
+        """Let the group wait for longer."""
+        self._call(
+            "autoscaling",
+            "record_lifecycle_action_heartbeat",
+            fine=(PASSED,),
+            AutoScalingGroupName=self.group,
+            LifecycleHookName=hook,
+            InstanceId=self.instance,
+        )
+
+    def protect(self, *, protected: bool) -> None:
+        """Whether the group may choose this machine when it wants fewer."""
+        self._call(
+            "autoscaling",
+            "set_instance_protection",
+            AutoScalingGroupName=self.group,
+            InstanceIds=[self.instance],
+            ProtectedFromScaleIn=protected,
+        )
+
+    def machines(self) -> tuple[int, dict[str, bool]]:
+        """How many machines the group wants; those that serve, and whether each is protected."""
+        (group,) = self._call("autoscaling", "describe_auto_scaling_groups", AutoScalingGroupNames=[self.group])[
+            "AutoScalingGroups"
+        ]
+        serving = {
+            it["InstanceId"]: bool(it["ProtectedFromScaleIn"])
+            for it in group["Instances"]
+            if it["LifecycleState"] == "InService"
+        }
+        return int(group["DesiredCapacity"]), serving
+
+    def unhealthy(self) -> None:
+        """Let the group replace this machine."""
+        self._call(
+            "autoscaling",
+            "set_instance_health",
+            InstanceId=self.instance,
+            HealthStatus="Unhealthy",
+            ShouldRespectGracePeriod=False,
+        )
+
+    def register(self, service: str, name: str, port: int) -> None:
+        """Let gateways find an engine."""
+        self._call(
+            "servicediscovery",
+            "register_instance",
+            fine=("DuplicateRequest",),
+            ServiceId=service,
+            InstanceId=f"{self.instance}-{name}",
+            Attributes={"AWS_INSTANCE_IPV4": self.address, "AWS_INSTANCE_PORT": str(port)},
+        )
+
+    def deregister(self, service: str, name: str) -> None:
+        """Let them forget it."""
+        self._call(
+            "servicediscovery",
+            "deregister_instance",
+            fine=("InstanceNotFound", "ServiceNotFound", "DuplicateRequest"),
+            ServiceId=service,
+            InstanceId=f"{self.instance}-{name}",
+        )
