@@ -26,6 +26,8 @@ def main() -> None:
     behaviour = file.read_text().strip() if file.exists() else ""
     if "--max-model-len" in arguments and arguments[arguments.index("--max-model-len") + 1] == "1000":
         behaviour = "dies-on-request"
+    if behaviour == "exits":
+        sys.exit("these weights do not start")
     asyncio.run(serve(weights, host, port, behaviour))
 
 
@@ -40,13 +42,13 @@ async def stream(request: web.Request, counts: dict[str, int], tokens: int, ever
     return answer
 
 
+async def a_part() -> asyncio.subprocess.Process:
+    name_and_wait = "import time; open('/proc/self/comm', 'w').write('VLLM::Worker'); time.sleep(600)"
+    return await asyncio.create_subprocess_exec(sys.executable, "-c", name_and_wait)
+
+
 async def serve(weights: Path, host: str, port: int, behaviour: str) -> None:
-    if behaviour == "exits":
-        sys.exit("these weights do not start")
-    part = None
-    if behaviour == "has-a-part":
-        name_and_wait = "import time; open('/proc/self/comm', 'w').write('VLLM::Worker'); time.sleep(600)"
-        part = await asyncio.create_subprocess_exec(sys.executable, "-c", name_and_wait)
+    part = await a_part() if behaviour == "has-a-part" else None
     counts = {"running": 0, "generated": 0, "prompt": 0}
     hold = asyncio.Event()
     ended = asyncio.Event()
