@@ -62,6 +62,10 @@ class Ec2:
     def __init__(self, numbers: dict[str, str]) -> None:
         self.numbers = numbers
 
+    def __getitem__(self, service: str) -> Ec2:
+        assert service == "ec2"
+        return self
+
     def get_paginator(self, _: str) -> Ec2:
         return self
 

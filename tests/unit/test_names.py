@@ -63,6 +63,14 @@ class CloudMap:
 
     def __init__(self) -> None:
         self.dead = False
+        self.made = 0
+
+    def __getitem__(self, service: str) -> CloudMap:
+        assert service == "servicediscovery"
+        return self
+
+    def forget(self) -> None:
+        self.made += 1
 
     def discover_instances(self, **asked: Any) -> dict[str, Any]:
         assert asked == {
@@ -83,3 +91,4 @@ def test_while_cloud_map_is_silent_what_it_said_holds_for_a_moment() -> None:
     heard = book.heard[NAME]
     look(book, cloud, SERVICES)
     assert (book.engines[NAME], book.heard[NAME]) == ((Engine("10.0.0.1", 8000),), heard)
+    assert cloud.made == 1, "a client that was made without credentials never gets any"

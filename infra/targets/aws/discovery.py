@@ -26,6 +26,8 @@ class Discovery(Part):
             model: aws.servicediscovery.Service(
                 f"engines-{model}",
                 name=srv.removesuffix(f".{site.stack}.internal"),
+                # Said twice: Cloud Map's own API calls the one below outdated, and the Terraform provider wants it.
+                namespace_id=self.namespace.id,
                 dns_config={
                     "namespace_id": self.namespace.id,
                     "routing_policy": "MULTIVALUE",

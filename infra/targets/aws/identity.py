@@ -161,8 +161,14 @@ class Rights:
         ]
 
     def groups(self, names: Sequence[str], *, keep: bool) -> list[dict[str, Any]]:
-        """Machines of groups: say that they are ready, and that they are done; `keep`: and that they are in use."""
-        return [allow([*HOOKS, *(KEEP if keep else [])], [self.account.group(name) for name in names])]
+        """Machines of groups: say that they are ready, and that they are done; `keep`: and that they are in use.
+
+        Which of them may go although all are, they agree on: for that they look at the group.
+        """
+        found = [allow([*HOOKS, *(KEEP if keep else [])], [self.account.group(name) for name in names])]
+        if keep:
+            found.append(allow(["autoscaling:DescribeAutoScalingGroups"], "*"))  # has no resource
+        return found
 
     @staticmethod
     def secret(arn: pulumi.Input[str]) -> dict[str, Any]:

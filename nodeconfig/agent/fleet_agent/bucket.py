@@ -72,8 +72,15 @@ class Cache:
     """
 
     def __init__(self, bucket: str, region: str) -> None:
+        """Make the clients.
+
+        Raises:
+            Late: There are no credentials. Clients look for them once: another process may find some.
+        """
         self.bucket = bucket
         session = Session(region_name=region)
+        if session.get_credentials() is None:
+            raise Late("this machine has no AWS credentials: its instance profile is missing or not there yet")
         retries = {"mode": "standard", "total_max_attempts": 3}
         self._s3 = session.client("s3", config=Config(retries=retries, connect_timeout=10, read_timeout=30))
         self._unsigned = session.client("s3", config=Config(signature_version=UNSIGNED))

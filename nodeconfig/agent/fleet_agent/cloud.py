@@ -122,3 +122,21 @@ class Cloud:
             ServiceId=service,
             InstanceId=f"{self.instance}-{name}",
         )
+
+
+class Clients:
+    """boto3's clients, made when they are wanted: one that was made without credentials never gets any."""
+
+    def __init__(self, region: str, **settings: Any) -> None:
+        self._region, self._config = region, Config(**settings)
+        self._made: dict[str, Any] = {}
+
+    def __getitem__(self, service: str) -> Any:
+        """The client of a service."""
+        if service not in self._made:
+            self._made[service] = boto3.client(service, region_name=self._region, config=self._config)
+        return self._made[service]
+
+    def forget(self) -> None:
+        """After a failure: make them anew."""
+        self._made.clear()

@@ -107,21 +107,24 @@ def discover(cloud: Any, namespace: str, service: str) -> tuple[Engine, ...]:
     return tuple(sorted({Engine(it["Attributes"][ADDRESS], int(it["Attributes"][PORT])) for it in found}))
 
 
-def look(book: Book, cloud: Any, services: Mapping[str, tuple[str, str]]) -> None:
-    """Ask Cloud Map for every service once; what fails is asked again the next time."""
+def look(book: Book, clients: Any, services: Mapping[str, tuple[str, str]]) -> None:
+    """Ask Cloud Map for every service once; what fails is asked again the next time, by a new client."""
     for name, (namespace, service) in services.items():
         try:
-            engines = discover(cloud, namespace, service)
+            engines = discover(clients["servicediscovery"], namespace, service)
         except Exception as error:  # noqa: BLE001 - boto3's, of many kinds
             log.warning("Cloud Map does not say who is %s: %s", name, error)
+            clients.forget()
         else:
             book.hear(name, engines, time.monotonic())
 
 
-def watch(book: Book, cloud: Any, services: Mapping[str, tuple[str, str]], sleep: Callable[[float], None]) -> NoReturn:
+def watch(
+    book: Book, clients: Any, services: Mapping[str, tuple[str, str]], sleep: Callable[[float], None]
+) -> NoReturn:
     """Look for ever."""
     while True:
-        look(book, cloud, services)
+        look(book, clients, services)
         sleep(LOOK_S)
 
 
@@ -135,17 +138,15 @@ def respond(book: Book, listener: socket.socket) -> NoReturn:
 
 def names(file: Path) -> NoReturn:
     """Run what `file` describes."""
-    import boto3  # noqa: PLC0415 - only machines of AWS have it
-    from botocore.config import Config  # noqa: PLC0415
+    from fleet_agent.cloud import Clients  # noqa: PLC0415 - only machines of AWS have boto3
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stdout)
     settings = json.loads(file.read_text(encoding="utf-8"))
-    quick = Config(connect_timeout=1, read_timeout=2, retries={"total_max_attempts": 1})
-    cloud = boto3.client("servicediscovery", region_name=settings["region"], config=quick)
+    clients = Clients(settings["region"], connect_timeout=1, read_timeout=2, retries={"total_max_attempts": 1})
     services = {name: (namespace, service) for name, (namespace, service) in settings["services"].items()}
     book = Book()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as listener:
         host, _, port = settings["listen"].rpartition(":")
         listener.bind((host, int(port)))
-        threading.Thread(target=watch, args=(book, cloud, services, time.sleep), daemon=True).start()
+        threading.Thread(target=watch, args=(book, clients, services, time.sleep), daemon=True).start()
         respond(book, listener)

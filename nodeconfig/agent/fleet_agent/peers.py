@@ -121,11 +121,11 @@ def opened(table: str) -> dict[str, int]:
 class Peers:
     """Keeps `run/peers.cfg` as the stack's instances are, and lets HAProxy take it up."""
 
-    def __init__(self, machine: Machine, settings: Mapping[str, Any], ec2: Any, own: str) -> None:
+    def __init__(self, machine: Machine, settings: Mapping[str, Any], clients: Any, own: str) -> None:
         self.machine = machine
         self.settings = settings
-        self.ec2 = ec2
-        """A boto3 client."""
+        self.clients = clients
+        """boto3's, by service."""
         self.own = own
 
     def members(self) -> dict[str, Member]:
@@ -136,7 +136,7 @@ class Peers:
             {"Name": "instance-state-name", "Values": ["pending", "running"]},
         ]
         found = {}
-        for page in self.ec2.get_paginator("describe_instances").paginate(Filters=filters):
+        for page in self.clients["ec2"].get_paginator("describe_instances").paginate(Filters=filters):
             for instance in (it for reservation in page["Reservations"] for it in reservation["Instances"]):
                 tags = {tag["Key"]: tag["Value"] for tag in instance.get("Tags", ())}
                 number = tags.get(NUMBER, "")
@@ -162,7 +162,7 @@ class Peers:
             log.warning("there are more than %d gateways: this one counts for itself", room)
             return ""
         if number != members[self.own].number:
-            self.ec2.create_tags(Resources=[self.own], Tags=[{"Key": NUMBER, "Value": str(number)}])
+            self.clients["ec2"].create_tags(Resources=[self.own], Tags=[{"Key": NUMBER, "Value": str(number)}])
             log.info("this is gateway %d", number)
         found = addresses(members, int(self.settings["port"]))
         found[number] = f"{members[self.own].address}:{self.settings['port']}"
@@ -197,6 +197,7 @@ def work(group: Peers, sleep: Callable[[float], None] = time.sleep) -> NoReturn:
                 log.warning("%s", error)
             except Exception as error:  # noqa: BLE001 - boto3's, of many kinds
                 log.warning("EC2 does not say which gateways there are: %s", error)
+                group.clients.forget()
         try:
             publish(group.machine.run)
         except OSError as error:
@@ -206,13 +207,13 @@ def work(group: Peers, sleep: Callable[[float], None] = time.sleep) -> NoReturn:
 
 def peers(file: Path) -> NoReturn:
     """Run what `file` describes, on an instance of EC2."""
-    import boto3  # noqa: PLC0415 - only machines of AWS have it
-    from botocore.utils import IMDSFetcher  # noqa: PLC0415
+    from botocore.utils import IMDSFetcher  # noqa: PLC0415 - only machines of AWS have it
+
+    from fleet_agent.cloud import Clients  # noqa: PLC0415 - as above
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stdout)
     settings = json.loads(file.read_text(encoding="utf-8"))
     fetcher = IMDSFetcher(timeout=5, num_attempts=20)
     token = fetcher._fetch_metadata_token()  # noqa: SLF001 - botocore has no public way to ask for anything but credentials
     own = fetcher._get_request("latest/meta-data/instance-id", None, token=token).text  # noqa: SLF001
-    ec2 = boto3.client("ec2", region_name=settings["region"])
-    work(Peers(Machine(Path.cwd()), settings, ec2, own))
+    work(Peers(Machine(Path.cwd()), settings, Clients(settings["region"]), own))

@@ -48,7 +48,7 @@ class Roll:
 class Sweep:
     """Looks after one stack's namespace."""
 
-    def __init__(self, settings: Mapping[str, Any], clients: Mapping[str, Any]) -> None:
+    def __init__(self, settings: Mapping[str, Any], clients: Any) -> None:
         self.stack, self.namespace = settings["stack"], settings["namespace"]
         self.clients = clients
         """boto3's, by service: ec2, servicediscovery."""
@@ -85,16 +85,16 @@ class Sweep:
 
 def sweep(file: Path) -> None:
     """Look after the stack that `file` describes, for ever. What fails is tried again at the next look."""
-    import boto3  # noqa: PLC0415 - only machines of AWS have it
+    from fleet_agent.cloud import Clients  # noqa: PLC0415 - only machines of AWS have boto3
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stdout)
     settings = json.loads(file.read_text(encoding="utf-8"))
-    keeper = Sweep(
-        settings, {it: boto3.client(it, region_name=settings["region"]) for it in ("ec2", "servicediscovery")}
-    )
+    clients = Clients(settings["region"])
+    keeper = Sweep(settings, clients)
     while True:
         try:
             keeper.strike()
         except Exception as error:  # noqa: BLE001 - boto3's, of many kinds
             log.warning("%s", error)
+            clients.forget()
         time.sleep(LOOK_S)
