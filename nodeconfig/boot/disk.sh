@@ -16,6 +16,13 @@ mount_at() {
 }
 
 stores=$(find /dev/disk/by-id -name 'nvme-Amazon_EC2_NVMe_Instance_Storage_*' ! -name '*-part*' -exec readlink -f {} + 2>/dev/null | sort -u)
+# Amazon's Deep Learning images have joined and mounted it already, here.
+theirs=/opt/dlami/nvme
+if mountpoint -q "$theirs"; then
+    mkdir -p "$theirs/fleet"
+    mountpoint -q "$weights" || mount --bind "$theirs/fleet" "$weights"
+    stores=
+fi
 count=$(printf '%s' "$stores" | grep -c . || true)
 if [ "$count" -gt 1 ]; then
     array=/dev/md/fleet
