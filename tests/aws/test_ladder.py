@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from nodeconfig.ladder import ladder
+from fleet_agent import ladder
+
 from tests.aws.standin import StandIn
 
 POOL = 3

@@ -25,17 +25,13 @@ LOCK = ROOT / "requirements" / "checkov.txt"
 REASONS = {
     "CKV_AWS_18": "access logs of the cache: it holds weights that anyone may download, and configuration; data "
     "events of CloudTrail record who read what, where an account wants that",
-    "CKV_AWS_50": "tracing of the ladder: one function, which logs what it does",
     "CKV_AWS_91": "access logs of the balancer: a network balancer logs TLS handshakes alone; each gateway logs every "
     "request with the name of its key",
-    "CKV_AWS_116": "dead letters of the ladder: it runs again each minute, and does then what it did not do",
-    "CKV_AWS_117": "the ladder in the VPC: it talks to AWS alone, and would need a way out for that",
     "CKV_AWS_126": "detailed monitoring: Prometheus looks every few seconds, more often than CloudWatch at its best",
     "CKV_AWS_135": "EBS-optimized: every type that the catalog has is so, always",
     "CKV_AWS_144": "replication of the cache to another region: it is filled anew, by the same digests",
     "CKV_AWS_150": "deletion protection of the balancer: it holds no data, and `pulumi destroy` has to work",
     "CKV_AWS_158": "logs with a key of one's own: they are encrypted with AWS's; there are no prompts in them",
-    "CKV_AWS_272": "signed code of the ladder: it comes with the stack, from the machine that deploys",
     "CKV_AWS_290": "`*` with writes: what the SSM agent says of its own machine has no narrower resource; all else "
     "names its resources (test_aws_security.py)",
     "CKV_AWS_355": "`*`: as CKV_AWS_290",

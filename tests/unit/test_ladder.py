@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from fleet_agent.ladder import Rung, wanted
 from hypothesis import given
 from hypothesis import strategies as st
-
-from nodeconfig.ladder.ladder import Rung, wanted
 
 NODES = 4
 
 
 def rung(name: str = "next", **has: Any) -> Rung:
-    values = {"least": 0, "most": NODES, "desired": 0, "ready": 0, "coming": 0, "failed": False}
+    values = {"most": NODES, "desired": 0, "ready": 0, "coming": 0, "failed": False}
     return Rung(name=name, **{**values, **has})
 
 
 def first(**has: Any) -> Rung:
-    return rung("first", **{"least": NODES, "desired": NODES, **has})
+    return rung("first", **{"desired": NODES, **has})
 
 
 def test_a_rung_that_boots_its_nodes_asks_nobody() -> None:

@@ -8,6 +8,7 @@ python -m fleet_agent serve FILE                  be the agent that FILE describ
 python -m fleet_agent names FILE                  tell HAProxy which engines there are (run by the process manager)
 python -m fleet_agent peers FILE                  find the other gateways (run by the process manager)
 python -m fleet_agent sweep FILE                  strike out engines that died (run by the process manager)
+python -m fleet_agent ladder FILE                 ask the next rung for what one cannot get (run by the process manager)
 python -m fleet_agent fetch FILE --bucket NAME --region R [--wait-s N]   bring the weights that FILE names from S3
 python -m fleet_agent move BUNDLE                 the same as apply, on a machine of a cloud: weights and units too
 python -m fleet_agent watch FILE                  stand between the machine that FILE describes and its cloud
@@ -23,7 +24,7 @@ from pathlib import Path
 from fleet_agent.machine import AgentError, Bundle, Machine
 
 HALT_S = 120
-LASTING = ("start", "serve", "names", "peers", "sweep")
+LASTING = ("start", "serve", "names", "peers", "sweep", "ladder")
 """Each is a function of the module of its name."""
 
 

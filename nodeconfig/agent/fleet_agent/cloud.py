@@ -16,22 +16,33 @@ class CloudError(Exception):
     """AWS did not take it; another try may help."""
 
 
+class Clients:
+    """boto3's clients, made when they are wanted: one that was made without credentials never gets any."""
+
+    def __init__(self, region: str, **settings: Any) -> None:
+        self._region, self._config = region, Config(**settings)
+        self._made: dict[str, Any] = {}
+
+    def __getitem__(self, service: str) -> Any:
+        """The client of a service."""
+        if service not in self._made:
+            self._made[service] = boto3.client(service, region_name=self._region, config=self._config)
+        return self._made[service]
+
+    def forget(self) -> None:
+        """After a failure: make them anew."""
+        self._made.clear()
+
+
 class Cloud:
     """The services, for one machine."""
 
     def __init__(self, region: str, instance: str, address: str, group: str | None) -> None:
         self.region, self.instance, self.address, self.group = region, instance, address, group
-        self._clients: dict[str, Any] = {}
+        patience = {"mode": "standard", "total_max_attempts": 3}
+        self._clients = Clients(region, connect_timeout=5, read_timeout=10, retries=patience, inject_host_prefix=True)
 
     def _call(self, service: str, method: str, *, fine: tuple[str, ...] = (), **arguments: Any) -> Any:
-        if service not in self._clients:
-            patience = Config(
-                connect_timeout=5,
-                read_timeout=10,
-                retries={"mode": "standard", "total_max_attempts": 3},
-                inject_host_prefix=True,
-            )
-            self._clients[service] = boto3.client(service, region_name=self.region, config=patience)
         try:
             return getattr(self._clients[service], method)(**arguments)
         except ClientError as error:
@@ -39,8 +50,7 @@ class Cloud:
             if found["Code"] not in fine and not any(text in found["Message"] for text in fine):
                 raise CloudError(str(error)) from None
         except BotoCoreError as error:
-            # A client that was made while the machine had no credentials never looks for them again.
-            self._clients.clear()
+            self._clients.forget()
             raise CloudError(str(error)) from None
 
     def hook(self, name: str, result: str) -> None:
@@ -122,21 +132,3 @@ class Cloud:
             ServiceId=service,
             InstanceId=f"{self.instance}-{name}",
         )
-
-
-class Clients:
-    """boto3's clients, made when they are wanted: one that was made without credentials never gets any."""
-
-    def __init__(self, region: str, **settings: Any) -> None:
-        self._region, self._config = region, Config(**settings)
-        self._made: dict[str, Any] = {}
-
-    def __getitem__(self, service: str) -> Any:
-        """The client of a service."""
-        if service not in self._made:
-            self._made[service] = boto3.client(service, region_name=self._region, config=self._config)
-        return self._made[service]
-
-    def forget(self) -> None:
-        """After a failure: make them anew."""
-        self._made.clear()

@@ -159,6 +159,10 @@ class Engine:
         slow = state == "silent" and self.probe == "slow" and not self.stopped_process
         return 200 if slow and not self.draining and not others_ready else 503
 
+    def stood(self, seconds: float) -> None:
+        """Take note that nobody looked for so long, as with a machine that hung: it says nothing of the engine."""
+        self.started, self.moved, self.probed_ok = (at + seconds for at in (self.started, self.moved, self.probed_ok))
+
     def hopeless(self, now: float, wedged_s: float, start_s: float) -> str:
         """Why it must be restarted, or ""."""
         if self.identity is None:

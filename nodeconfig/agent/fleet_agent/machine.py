@@ -180,7 +180,7 @@ class Machine:
         if folder is None:
             link.unlink(missing_ok=True)
         else:
-            _link(link, folder)
+            relink(link, folder)
 
     def running(self) -> Bundle | None:
         """The bundle that was applied last and whole."""
@@ -189,7 +189,7 @@ class Machine:
     def commit(self, bundle: Bundle) -> None:
         """Record that a bundle was applied whole, and drop bundles that nothing refers to any more."""
         before = self.running()
-        _link(self.current, bundle.folder)
+        relink(self.current, bundle.folder)
         used = {bundle.folder.name, *([before.folder.name] if before else [])}
         used |= {folder.parent.parent.name for name in self.occupied() if (folder := self.slot(name))}
         for folder in self.bundles.iterdir():
@@ -197,7 +197,7 @@ class Machine:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _link(link: Path, target: Path) -> None:
+def relink(link: Path, target: Path) -> None:
     """Replace a link atomically, with a relative target, so that the folder can be moved."""
     fresh = link.with_name(f".{link.name}.{os.getpid()}")
     fresh.unlink(missing_ok=True)

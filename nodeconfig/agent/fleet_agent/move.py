@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fleet_agent.apply import apply
-from fleet_agent.machine import Bundle, Machine
+from fleet_agent.machine import Bundle, Machine, relink
 
 UNITS = Path("/etc/systemd/system")
 WANTED = "wanted"
@@ -27,7 +27,7 @@ def move(machine: Machine, bundle: Bundle, say: Callable[[str], None]) -> None:
         fetch(weights, os.environ["FLEET_BUCKET"], os.environ["FLEET_REGION"], root=machine.root, say=say)
     apply(machine, bundle, say)
     before = (machine.root / WANTED).resolve()
-    link(machine.root / WANTED, bundle.folder)
+    relink(machine.root / WANTED, bundle.folder)
     if install(bundle.folder / "node" / "units", UNITS):
         systemctl("daemon-reload")
     if before != bundle.folder:
@@ -36,7 +36,7 @@ def move(machine: Machine, bundle: Bundle, say: Callable[[str], None]) -> None:
 
 
 def install(units: Path, target: Path) -> bool:
-    """Copy units that differ; whether one did."""
+    """Copy units that differ; whether one did. boot.py has the same: it runs where there is nothing of this yet."""
     changed = False
     for unit in sorted(units.iterdir()):
         text = unit.read_text(encoding="utf-8")
@@ -45,14 +45,6 @@ def install(units: Path, target: Path) -> bool:
             file.write_text(text, encoding="utf-8")
             changed = True
     return changed
-
-
-def link(place: Path, target: Path) -> None:
-    """Replace a link atomically."""
-    fresh = place.with_name(f".{place.name}")
-    fresh.unlink(missing_ok=True)
-    fresh.symlink_to(target)
-    fresh.replace(place)
 
 
 def systemctl(*arguments: str) -> None:

@@ -31,7 +31,7 @@ Kind = Literal[
 
 @dataclass(frozen=True)
 class Settings:
-    """node.json, as far as it matters here: see infra/render/user_data.py."""
+    """What a machine knows of itself, as far as it matters here: see `facts` in watch.py."""
 
     role: str
     group: str | None
@@ -46,7 +46,7 @@ class Settings:
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> Settings:
-        """Those of a node.json, which may have more."""
+        """Those of the facts, which are more."""
         return cls(**{name: found[name] for name in cls.__dataclass_fields__})
 
 

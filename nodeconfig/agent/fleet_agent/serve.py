@@ -45,6 +45,8 @@ GUARD_S = 0.05
 OWN_PROCESS = "VLLM::"
 """How vLLM names the processes that it cannot do without; it starts passing ones, too."""
 RETRY_S = 1.0
+STOOD_S = 5.0
+"""Between two looks: then this process, and most likely the machine, stood still meanwhile."""
 log = logging.getLogger("fleet_agent")
 
 SAMPLES = {
@@ -78,6 +80,7 @@ class Agent:
         self.settings = settings
         self.supervisor = Supervisor(machine)
         self.engines: dict[str, Engine] = {}
+        self.looked = time.monotonic()
         self.tasks: dict[str, list[asyncio.Task[None]]] = {}
         self.family: dict[str, list[psutil.Process]] = {}
         self.parts: dict[str, set[psutil.Process]] = {}
@@ -101,7 +104,10 @@ class Agent:
         if identities is None:  # no word from the process manager: what was known stays true
             return
         now, wall = time.monotonic(), time.time()
+        stood, self.looked = now - self.looked, now
         for engine in self.engines.values():
+            if stood > STOOD_S:
+                engine.stood(stood)
             if engine.sees(identities.get(engine.name), now, wall, self.settings["crash_loop_window_s"]):
                 log.info("%s: process %s", engine.name, engine.identity and engine.identity[0])
                 self.parts.pop(engine.name, None)

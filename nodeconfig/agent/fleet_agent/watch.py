@@ -6,7 +6,10 @@ import contextlib
 import fcntl
 import json
 import logging
+import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -31,7 +34,10 @@ GROUP_S = 20.0
 """Between two looks at the group, by a machine that is protected."""
 AGAIN_S = 5.0
 """Before something that failed is tried again."""
+LEAST_ROOM = 1 << 20
+"""Bytes. With less on its disk a machine is taken for full."""
 STATE = "node.json"
+SERVICES = "services.json"
 WEIGHTS, APPLY = "fleet-weights.service", "fleet-apply.service"
 log = logging.getLogger("fleet_agent")
 
@@ -49,6 +55,7 @@ class Watch:
         self.asked = float("-inf")
         self.counted = float("-inf")
         self.silent = False
+        self.full = False
         self.failed: dict[Do, float] = {}
         self.instance = self._must("instance-id")
         address = self._must("local-ipv4")
@@ -59,6 +66,7 @@ class Watch:
     def _must(self, path: str) -> str:
         """What never changes, and without which nothing can be done."""
         while True:
+            alive()
             try:
                 return self.metadata.get(path)
             except Unreachable as error:
@@ -87,6 +95,15 @@ class Watch:
             fresh.replace(self.file)
         except OSError as error:  # a full disk must not take a serving machine out
             log.warning("cannot keep the state of this machine: %s", error)
+
+    def _room(self) -> None:
+        """Say once that the disk is full, and once that it is not any more: what runs goes on, its logs do not."""
+        full = shutil.disk_usage(self.machine.root).free < LEAST_ROOM
+        if full and not self.full:
+            log.warning("the disk of %s is full: logs and state are lost until there is room", self.machine.root)
+        elif self.full and not full:
+            log.info("there is room in %s again", self.machine.root)
+        self.full = full
 
     # Seeing.
 
@@ -200,6 +217,7 @@ class Watch:
 
     def act(self, action: Do) -> None:
         """Do it, and take note if that worked."""
+        alive()
         now = time.monotonic()
         if now - self.failed.get(action, float("-inf")) < AGAIN_S:
             return
@@ -239,10 +257,12 @@ class Watch:
     def run(self) -> None:
         """For ever, or until a shutdown has nothing left to wait for."""
         while not (self.stopping and self.memory.drained):
+            alive()
             try:
                 for action in decide(self.settings, self.memory, self.look()):
                     self.act(action)
                 self._remember()
+                self._room()
             except Exception:  # what watches must outlive what it sees
                 log.exception("looking at this machine failed")
             time.sleep(LOOK_S)
@@ -252,6 +272,13 @@ class Watch:
         if systemctl("is-system-running").strip() != "stopping":
             raise SystemExit(0)
         self.stopping = True
+
+
+def alive() -> None:
+    """Tell systemd's watchdog; elsewhere nothing."""
+    if address := os.environ.get("NOTIFY_SOCKET"):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            notify.sendto(b"WATCHDOG=1", address.replace("@", "\0", 1) if address[0] == "@" else address)
 
 
 def systemctl(*arguments: str) -> str:
@@ -278,10 +305,17 @@ def read_units(text: str) -> dict[str, Unit]:
     return found
 
 
+def facts(file: Path, root: Path) -> dict[str, Any]:
+    """What a machine knows of itself: from its user data, from its bundle, and from its pointer as boot.py kept it."""
+    parts = (file, root / "wanted/node/timings.json", root / SERVICES)
+    node, timings, services = (json.loads(part.read_text(encoding="utf-8")) for part in parts)
+    return {**node, **timings, "services": services}
+
+
 def watch(file: Path, root: Path) -> None:
     """Be the watcher of the machine that `file`, its node.json, describes."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO, stream=sys.stdout)
-    watcher = Watch(Machine(root), json.loads(file.read_text(encoding="utf-8")), Metadata())
+    watcher = Watch(Machine(root), facts(file, root), Metadata())
     signal.signal(signal.SIGTERM, lambda *_: watcher.stop())
     log.info("watching %s, %s", watcher.instance, "serving" if watcher.memory.launched else "launching")
     watcher.run()

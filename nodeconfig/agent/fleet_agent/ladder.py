@@ -1,20 +1,27 @@
 """Moves nodes along a pool's ladder: what a rung cannot get, the next one is asked for, until the first one has it.
 
-A rung is an Auto Scaling group. The first wants all nodes of its pool, always. This runs whenever a group got a node,
-lost one, or could not get one, and every few minutes; it looks at how things are, so that a lost event does no harm.
+A rung is an Auto Scaling group. The first wants all nodes that its pool is to have now. Every gateway does this: so
+it is done while any is there. What is asked for follows from how things are, and two that ask it do no harm.
+
+No one group can do it: reservations, on-demand and spot differ in their templates, and a mixed-instances policy divides
+nodes between on-demand and spot by fixed shares: what one lacks the other does not take over.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-LADDERS = Path(__file__).with_name("ladders.json")
-"""For each pool the names of its groups, in order."""
+LOOK_S = 30
 COMING = ("Pending",)
 HERE = "InService"
+
+log = logging.getLogger("ladder")
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,6 @@ class Rung:
     """One group as it is."""
 
     name: str
-    least: int
     most: int
     desired: int
     ready: int
@@ -49,7 +55,7 @@ def wanted(rungs: list[Rung]) -> dict[str, int]:
     More, if all before it together lack nodes and cannot get them. Not fewer than before, until what stands in for its
     nodes serves: a node that boots may yet fail.
     """
-    total, found = rungs[0].least, {}
+    total, found = rungs[0].desired, {}
     for index, rung in enumerate(rungs[1:], 1):
         before = rungs[:index]
         lacking = total - sum(it.has for it in before)
@@ -71,7 +77,6 @@ def _rung(client: Any, group: dict[str, Any]) -> Rung:
     activities = client.describe_scaling_activities(AutoScalingGroupName=name, MaxRecords=1)["Activities"]
     return Rung(
         name=name,
-        least=group["MinSize"],
         most=group["MaxSize"],
         desired=group["DesiredCapacity"],
         ready=states.count(HERE),
@@ -94,10 +99,21 @@ def move(client: Any, ladders: list[list[str]]) -> list[str]:
     return said
 
 
-def handler(event: dict[str, Any], _context: Any) -> list[str]:
-    """What Lambda calls."""
-    import boto3  # noqa: PLC0415 - comes with Lambda; nothing else here needs it
+def ladder(file: Path) -> NoReturn:
+    """Look after the pools that `file` describes, for ever. What fails is tried again at the next look.
 
-    said = move(boto3.client("autoscaling"), json.loads(LADDERS.read_text(encoding="utf-8")))
-    print(json.dumps({"event": event.get("detail-type"), "moved": said}))  # noqa: T201 - its log
-    return said
+    `ladders` of the file has for each pool the names of its groups, in order.
+    """
+    from fleet_agent.cloud import Clients  # noqa: PLC0415 - only machines of AWS have boto3
+
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stdout)
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    clients = Clients(settings["region"])
+    while True:
+        try:
+            for said in move(clients["autoscaling"], settings["ladders"]):
+                log.info("%s", said)
+        except Exception as error:  # noqa: BLE001 - boto3's, of many kinds
+            log.warning("%s", error)
+            clients.forget()
+        time.sleep(LOOK_S)
