@@ -4,14 +4,15 @@
     python -m tests.aws.deploy_policy CALLS.json --write   # puts it into docs/aws-deploy-policy.json
 
 The stand-in names actions as the API does. Where IAM calls them otherwise, or wants more than the API's own action, the
-tables below say so. Resources are narrowed where the fleet's names allow it; elsewhere `*` stands.
+tables below say so. One statement allows what was asked for; others deny what of that is not the fleet's: by name where
+all that the fleet makes has one by which it is known, by tag where something ends. A denial holds whatever else the
+role that deploys is allowed.
 """
 # ruff: noqa: T201 - its output is the policy
 
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -57,27 +58,12 @@ S3 = [
     *("HeadBucket", "HeadObject"),  # of the stand-in alone: IAM asks for ListBucket and GetObject
 ]
 """What a bucket with its settings and objects takes. The record has methods and paths of S3, not what was asked for."""
-LAMBDA = {
-    r"POST .*/functions$": "CreateFunction",
-    r"GET .*/functions/[^/]+$": "GetFunction",
-    r"DELETE .*/functions/[^/]+$": "DeleteFunction",
-    r"GET .*/versions$": "ListVersionsByFunction",
-    r"GET .*/code-signing-config$": "GetFunctionCodeSigningConfig",
-    r"PUT .*/concurrency$": "PutFunctionConcurrency",
-    r"GET .*/policy$": "GetPolicy",
-    r"POST .*/policy$": "AddPermission",
-    r"DELETE .*/policy/[^/]+$": "RemovePermission",
-    r"PUT .*/code$": "UpdateFunctionCode",
-    r"PUT .*/configuration$": "UpdateFunctionConfiguration",
-}
-"""Actions by method and path, which is how the record has them."""
 BESIDE = {
     # What AWS asks for besides, on behalf of whoever asks: nothing on the wire shows it.
     "ec2:RunInstances": ["iam:PassRole", "ec2:CreateTags"],
     "ec2:CreateLaunchTemplate": ["ec2:CreateTags", "ec2:RunInstances", "iam:PassRole"],
     "autoscaling:CreateAutoScalingGroup": ["iam:CreateServiceLinkedRole", "ec2:RunInstances", "ec2:CreateTags"],
     "elasticloadbalancing:CreateLoadBalancer": ["iam:CreateServiceLinkedRole", "elasticloadbalancing:AddTags"],
-    "lambda:CreateFunction": ["iam:PassRole"],
     "codebuild:CreateProject": ["iam:PassRole"],
     "events:PutTargets": ["iam:PassRole"],
     "ec2:CreateFlowLogs": ["iam:PassRole"],
@@ -120,7 +106,6 @@ NOT_RECORDED = {
         "ListTagsForResource",
     ],
     "ssm": ["CreateAssociation", "DeleteAssociation", "DescribeAssociation", "UpdateAssociation", "UpdateDocument"],
-    "lambda": ["ListTags", "TagResource", "UntagResource", "UpdateFunctionCode", "UpdateFunctionConfiguration"],
     # Edits that the recorded one did not have.
     "ec2": ["CreateLaunchTemplateVersion", "DeleteTags", "ModifyLaunchTemplate", "ModifyVpcEndpoint"],
     "elasticloadbalancing": ["DescribeListenerAttributes", "ModifyListener", "ModifyListenerAttributes", "RemoveTags"],
@@ -137,30 +122,29 @@ ALWAYS = ["servicequotas:GetServiceQuota", "servicequotas:GetAWSDefaultServiceQu
 """What the program itself asks in a preview."""
 NAMED = {
     "iam": ["arn:*:iam::*:role/vllm-fleet/*", "arn:*:iam::*:instance-profile/vllm-fleet/*"],
-    "s3": ["arn:*:s3:::fleet-*", "arn:*:s3:::fleet-*/*"],
+    "s3": ["arn:*:s3:::fleet-*"],
     "secretsmanager": ["arn:*:secretsmanager:*:*:secret:vllm-fleet/*"],
-    "lambda": ["arn:*:lambda:*:*:function:fleet-*"],
+    "ssm": ["arn:*:ssm:*:*:parameter/vllm-fleet/*", "arn:*:ssm:*:*:document/apply-*", "arn:*:ssm:*:*:association/*"],
     "autoscaling": ["arn:*:autoscaling:*:*:autoScalingGroup:*:autoScalingGroupName/fleet-*"],
     "logs": ["arn:*:logs:*:*:log-group:/vllm-fleet/*"],
 }
 """Services in which all that the fleet makes has a name by which it is known."""
+TAGGED = ("ec2", "elasticloadbalancing", "kms")
+"""Services in which what the fleet makes is known by its tag."""
+ENDS = ("Delete", "Terminate", "Stop", "Release", "Schedule")
 READS = ("Describe", "Get", "List", "Head")
-ANYWHERE = {"iam:CreateServiceLinkedRole", "s3:ListAllMyBuckets", "logs:DescribeLogGroups"}
+SECRET = {"s3:GetObject", "secretsmanager:GetSecretValue", "secretsmanager:GetResourcePolicy"}
+"""Reads that show what others keep."""
+WHOLE = ("ec2", "elasticloadbalancing", "autoscaling", "imagebuilder", "route53", "servicediscovery", "events", "iam")
+"""Services of which one verb of reading is allowed whole, where several of its actions were asked for: they show
+settings, and IAM counts characters."""
+ANYWHERE = {"iam:CreateServiceLinkedRole", "s3:ListAllMyBuckets"}
 
 
 def action(service: str, operation: str) -> list[str]:
-    """What IAM calls an operation; several where the record does not tell them apart.
-
-    Raises:
-        ValueError: A path that no table has.
-    """
+    """What IAM calls an operation; several where the record does not tell them apart."""
     if service == "s3":
         return [f"s3:{it}" for it in S3]
-    if service == "lambda" and " " in operation:
-        found = [name for pattern, name in LAMBDA.items() if re.fullmatch(pattern, operation)]
-        if not found:
-            raise ValueError(f"which action is {operation}? say so in LAMBDA")
-        return [f"lambda:{it}" for it in found]
     return [f"{PREFIXES.get(service, service)}:{operation}"]
 
 
@@ -174,35 +158,53 @@ def actions(calls: Iterable[Sequence[Any]]) -> list[str]:
     return sorted(used | beside | unseen | set(ALWAYS))
 
 
+def shorter(names: Iterable[str]) -> list[str]:
+    """The same with one verb of reading for several actions."""
+    by_verb: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        service, _, operation = name.partition(":")
+        verb = next((it for it in READS if operation.startswith(it)), None)
+        by_verb[f"{service}:{verb}*" if verb and service in WHOLE else name].append(name)
+    return sorted(short if len(them) > 1 else them[0] for short, them in by_verb.items())
+
+
 def policy(calls: Iterable[Sequence[Any]]) -> dict[str, Any]:
     """The policy document."""
-    by_resource: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for name in actions(calls):
+    names = [it for it in actions(calls) if it != "iam:PassRole"]
+    by_name, by_tag = [], []
+    for name in names:
         service, _, operation = name.partition(":")
-        named = NAMED.get(service)
-        free = named is None or name in ANYWHERE or (service == "autoscaling" and operation.startswith(READS))
-        by_resource[("*",) if free or named is None else tuple(named)].append(name)
-    statements = [
-        {
-            "Sid": "Anywhere" if resources == ("*",) else f"Named{names[0].partition(':')[0].capitalize()}",
-            "Effect": "Allow",
-            "Action": names,
-            "Resource": list(resources) if len(resources) > 1 else resources[0],
-        }
-        for resources, names in sorted(by_resource.items())
-    ]
-    for statement in statements:
-        if "iam:PassRole" in statement["Action"]:
-            statement["Action"] = [it for it in statement["Action"] if it != "iam:PassRole"]
-    services = ["ec2", "autoscaling", "lambda", "codebuild", "events", "vpc-flow-logs"]
-    passing = {
-        "Sid": "PassRoles",
-        "Effect": "Allow",
-        "Action": "iam:PassRole",
-        "Resource": NAMED["iam"][0],
-        "Condition": {"StringEquals": {"iam:PassedToService": [f"{it}.amazonaws.com" for it in services]}},
+        if service in NAMED and name not in ANYWHERE and (not operation.startswith(READS) or name in SECRET):
+            by_name.append(name)
+        if service in TAGGED and operation.startswith(ENDS) and operation != "DeleteTags":
+            by_tag.append(name)
+    services = ["ec2", "autoscaling", "codebuild", "events", "vpc-flow-logs"]
+    return {
+        "Version": "2012-10-17",
+        "Statement": [
+            {"Sid": "WhatAStackTakes", "Effect": "Allow", "Action": shorter(names), "Resource": "*"},
+            {
+                "Sid": "OnlyWhatHasTheFleetsNames",
+                "Effect": "Deny",
+                "Action": by_name,
+                "NotResource": sorted(it for arns in NAMED.values() for it in arns),
+            },
+            {
+                "Sid": "EndsOnlyWhatHasTheFleetsTag",
+                "Effect": "Deny",
+                "Action": by_tag,
+                "Resource": "*",
+                "Condition": {"Null": {"aws:ResourceTag/vllm-fleet:stack": "true"}},
+            },
+            {
+                "Sid": "PassesOnlyTheFleetsRoles",
+                "Effect": "Allow",
+                "Action": "iam:PassRole",
+                "Resource": NAMED["iam"][0],
+                "Condition": {"StringEquals": {"iam:PassedToService": [f"{it}.amazonaws.com" for it in services]}},
+            },
+        ],
     }
-    return {"Version": "2012-10-17", "Statement": [*statements, passing]}
 
 
 def size(document: dict[str, Any]) -> int:

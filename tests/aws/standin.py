@@ -29,6 +29,8 @@ REGION = "us-east-1"
 TF_PLUGINS = Path("/opt/tf-plugins")
 """Where the Terraform provider is, if AWSBRIDGE_TF_PLUGINS does not say."""
 LOCKED = ROOT / "requirements" / "moto.txt"
+ENFORCING = Path(__file__).with_name("enforcing.py")
+"""Starts the stand-in with an IAM that looks at resources: for keys that IAM gave out, not for those below."""
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": REGION}
 PRIVATE = {"aws": {"rollout": "manual", "protect": False}}
 """For what the stand-in refuses, associations of State Manager, there is a way without them."""
@@ -111,8 +113,7 @@ class StandIn:
 @contextlib.contextmanager
 def stand_in(**environment: str) -> Iterator[StandIn]:
     """A stand-in on a free port, which has nothing in it."""
-    program = shared("aws/motoplus.py")
-    command = [str(moto_python()), str(program), "serve"]
+    command = [str(moto_python()), str(ENFORCING), str(shared("aws/motoplus.py"))]
     with (
         tempfile.TemporaryFile() as log,
         subprocess.Popen(

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.aws import rights
 from tests.aws.standin import PROD, REGION, Stack, a_stack, stand_in
 
 GOLDEN = Path(__file__).with_name("golden") / "edits.txt"
@@ -120,6 +121,19 @@ def test_no_secret_is_in_the_state_or_in_what_machines_are_told(prod: Stack) -> 
     s3 = prod.aws.client("s3")
     for item in s3.list_objects_v2(Bucket=bucket)["Contents"]:
         assert KEY_HASH.encode() not in s3.get_object(Bucket=bucket, Key=item["Key"])["Body"].read()
+
+
+def test_each_role_can_do_its_work_and_nothing_else(prod: Stack) -> None:
+    wrong = []
+    for role, (own, others) in rights.work(prod).items():
+        credentials = rights.keys(prod, role)
+        for calls, allowed in ((own, True), (others, False)):
+            wrong += [
+                f"{role} {'cannot' if allowed else 'can'} {rights.shown(it)}"
+                for it in calls
+                if rights.may(prod, credentials, it) != allowed
+            ]
+    assert wrong == []
 
 
 def test_what_holds_data_is_left_and_nothing_else(prod: Stack) -> None:
