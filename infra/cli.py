@@ -24,9 +24,12 @@ from infra.findings import ConfigError, Finding
 from infra.paths import ROOT, stacks_dir
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from rich.console import Console, RenderableType
 
-    from infra.status import Status
+    from infra.aws_reads import Aws
+    from infra.plan.model import FleetPlan
     from infra.weights.lock import LockEntry
 
 DEFAULT_STACK = "local"
@@ -149,7 +152,8 @@ def plan(
     from infra import weights
     from infra.planning import plan_stack_file
 
-    made = plan_stack_file(stack, weights.load())
+    lock = weights.load()
+    made = plan_stack_file(stack, lock)
     old = _deployed_plan(against) if against else None
     if as_json:
         typer.echo(made.model_dump_json(indent=1))
@@ -159,9 +163,9 @@ def plan(
     _show(show_plan.plan(made, explain=explain))
     if old is not None:
         from infra import show_cost
-        from infra.plan.delta import delta
+        from infra.planning import changes
 
-        _show(show_cost.changes(delta(old, made)))
+        _show(show_cost.changes(changes(old, made, lock)))
 
 
 def _deployed_plan(file: typer.FileText) -> dict[str, Any]:
@@ -244,45 +248,80 @@ def status(
     as_json: Json = False,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Again and again, until Ctrl-C.")] = False,
 ) -> None:
-    """How the stack runs: engines, gateway, monitoring.
+    """How the stack runs: engines, gateway, monitoring; on AWS what there is of what the plan wants.
 
-    Exit code 0: every engine is ready and in rotation, every server is up. 1: something is not.
-    2: the stack is not deployed on this machine.
+    Exit code 0: every engine is ready and in rotation, every server is up; on AWS all is as planned. 1: something is
+    not. 2: the stack is not deployed on this machine, or in this account and region.
     """
-    from infra import status as states
     from infra.deployed import Deployed
 
-    if watch:
-        found = _watch(Deployed(stack), as_json=as_json)
+    looks: Iterator[Any]
+    view: Any
+    if plan := _aws_plan(stack):
+        aws = _aws(plan)
+        from infra import show_aws, weights
+        from infra.aws_reads import looks as aws_looks
+
+        looks, view = aws_looks(aws, plan, weights.load(), _say), show_aws.status
     else:
-        found = states.status(Deployed(stack))
+        from infra import show
+        from infra import status as states
+
+        deployed = Deployed(stack)
+        looks = states.watch(deployed) if watch else iter(lambda: states.status(deployed), None)
+        view = show.status
+    if watch:
+        found = _watch(looks, view, as_json=as_json)
+    else:
+        found = next(looks)
         if as_json:
             typer.echo(json.dumps(found.as_json(), indent=1))
         else:
-            from infra import show
-
-            _show(show.status(found))
+            _show(view(found))
     raise typer.Exit(1 if found.problems else 0)
 
 
-def _watch(deployed: Any, *, as_json: bool) -> Status:
+def _aws_plan(stack: str) -> FleetPlan | None:
+    """The plan of a stack on AWS; None: the stack is on this machine, or nowhere."""
+    from infra.deployed import Deployed
+    from infra.planning import plan_stack_file
+    from infra.stack_file import load_stack_file, stack_file
+
+    file = stack_file(stack)
+    if Deployed(stack).machines.exists() or not file.exists() or load_stack_file(file).target != "aws":
+        return None
+    from infra import weights
+
+    return plan_stack_file(stack, weights.load())
+
+
+def _aws(plan: FleetPlan) -> Aws:
+    """AWS where a stack is."""
+    try:
+        from infra.aws_reads import Aws
+    except ModuleNotFoundError as error:
+        if error.name not in {"boto3", "botocore"}:
+            raise
+        fix = f"`make setup STACK={plan.stack}` installs it; by hand: `uv pip sync requirements/aws.txt`"
+        raise ConfigError([Finding("target", "aws: the package boto3 is not installed", fix)]) from None
+    return Aws(plan.stack, plan.region or "")
+
+
+def _watch(looks: Iterator[Any], view: Callable[[Any], RenderableType], *, as_json: bool) -> Any:
     """Show each state as it comes; one line of JSON each for programs. Returns the last one."""
     from rich.live import Live
-
-    from infra import show
-    from infra import status as states
 
     console = _console()
     found = None
     with Live(console=console, auto_refresh=False) as live:
         try:
-            for found in states.watch(deployed):
+            for found in looks:
                 if as_json:
                     typer.echo(json.dumps(found.as_json()))
                 elif console.is_terminal:
-                    live.update(show.status(found), refresh=True)
+                    live.update(view(found), refresh=True)
                 else:
-                    console.print(show.status(found))
+                    console.print(view(found))
         except KeyboardInterrupt:
             if found is None:
                 raise
@@ -298,10 +337,16 @@ def logs(
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on with what comes, until Ctrl-C.")] = False,
     lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="How many of the last lines.")] = 50,
 ) -> None:
-    """The log of any program of any machine of the stack."""
+    """The log of any program of any machine of the stack, on this machine."""
     from infra.deployed import Deployed
 
     deployed = Deployed(stack)
+    if plan := _aws_plan(stack):
+        fix = (
+            f"`aws ssm start-session --region {plan.region} --target i-…` (`fleet status` has the machines), then "
+            f"`sudo tail -F /var/lib/fleet/machine/log/{program}.log`"
+        )
+        raise ConfigError([Finding(program, "its log is on the stack's machines, on AWS", fix)])
     deployed.require()
     file = deployed.log(program)
     # -F goes on after the log was rotated.
@@ -311,7 +356,7 @@ def logs(
 
 @app.command()
 def drain(
-    engine: Annotated[str, typer.Argument(help="As `fleet status` calls it.")],
+    engine: Annotated[str, typer.Argument(help="As `fleet status` calls it; on AWS a node does as well.")],
     stack: Stack = DEFAULT_STACK,
     *,
     undo: Annotated[bool, typer.Option("--undo", help="Put it back.")] = False,
@@ -322,12 +367,18 @@ def drain(
     from infra import drain as draining
     from infra.deployed import Deployed
 
+    if plan := _aws_plan(stack):
+        aws = _aws(plan)
+        from infra import aws_drain
+
+        aws_drain.order(aws, plan, engine, _say, undo=undo, wait=wait, force=force)
+        return
     deployed = Deployed(stack)
     deployed.require()
     if undo:
         draining.undo(deployed, engine, _say)
     else:
-        draining.drain(deployed, engine, _say, wait=wait, force=force)
+        draining.drain(deployed, [engine], _say, wait=wait, force=force)
 
 
 # Models.

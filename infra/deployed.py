@@ -13,6 +13,8 @@ from infra.findings import ConfigError, Finding, nearest
 from infra.paths import stack_dir
 
 TIMEOUT_S = 5.0
+DRAIN_S = 600.0
+"""How long a drain is waited for where the agent's settings do not say."""
 OK = 200
 Row = dict[str, Any]
 """What the agent says of one engine: see `GET /engines` in nodeconfig/agent/fleet_agent/serve.py."""
@@ -70,6 +72,11 @@ class Deployed:
             raise NotDeployedError([Finding(f"stack {self.stack}", "is not deployed on this machine", fix)])
 
     @property
+    def hint(self) -> str:
+        """What shows how far a drain is, in words."""
+        return "`fleet status` shows what is in flight, "
+
+    @property
     def proxy(self) -> str:
         """What the gateway is: `haproxy` or `nginx`."""
         return "nginx" if (self.machines / "gateway/slots/nginx").exists() else "haproxy"
@@ -116,6 +123,14 @@ class Deployed:
             SilentError: It does not answer, or refuses.
         """
         return cast("Row", self._agent("POST", f"/{order}?engine={engine}"))
+
+    def longest_s(self) -> float:
+        """Seconds that the longest answer may take, as the agent was told."""
+        try:
+            settings = json.loads((self.machines / "engine/slots/agent/agent.json").read_text(encoding="utf-8"))
+            return float(settings["drain_s"])
+        except (OSError, ValueError, LookupError):
+            return DRAIN_S
 
     def _agent(self, method: str, path: str) -> Any:
         port = self.port("agent")

@@ -2,56 +2,79 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
-from infra.deployed import Deployed
 from infra.findings import ConfigError, Finding, did_you_mean
 
 POLL_S = 0.25
 SAY_S = 2.0
 CAN_DRAIN = frozenset({"ready", "draining", "silent"})
-DRAIN_S = 600.0
-"""How long a drain is waited for where the agent's settings do not say."""
 MARGIN_S = 10.0
 """Beyond the longest answer: the gateway has to hear of the drain first."""
 
 
-def drain(deployed: Deployed, name: str, say: Callable[[str], None], *, wait: bool, force: bool) -> None:
-    """Let an engine have no new requests, and wait until what it has is done.
+class Fleet(Protocol):
+    """Where engines can be drained: infra/deployed.py, infra/aws_drain.py."""
+
+    @property
+    def hint(self) -> str:
+        """What shows how far a drain is, in words; or ""."""
+
+    def engines(self) -> dict[str, dict[str, Any]]:
+        """What agents say of engines, by name."""
+
+    def tell(self, order: str, engine: str, /) -> dict[str, Any]:
+        """`drain` or `undrain` an engine; what its agent then says of it."""
+
+    def longest_s(self) -> float:
+        """Seconds that the longest answer may take."""
+
+
+def drain(deployed: Fleet, names: Sequence[str], say: Callable[[str], None], *, wait: bool, force: bool) -> None:
+    """Let engines have no new requests, and wait until what they have is done.
 
     Args:
         deployed: The stack.
-        name: The engine.
+        names: The engines.
         say: Told how far it is.
         wait: Whether to wait.
-        force: Whether it may be the last ready engine of its model.
+        force: Whether they may be the last ready engines of a model.
 
     Raises:
-        ConfigError: It cannot be drained, or was not in its time.
+        ConfigError: One cannot be drained, or was not in its time.
     """
     engines = deployed.engines()
+    if refused := [finding for name in names if (finding := _refused(engines, name, names, force=force))]:
+        raise ConfigError(refused)
+    for name in names:
+        deployed.tell("drain", name)
+    for name in names:
+        if wait:
+            _wait(deployed, name, say)
+        else:
+            say(f"{name}: draining; {deployed.hint}`fleet drain {name} --undo` ends it")
+
+
+def _refused(
+    engines: Mapping[str, dict[str, Any]], name: str, drained: Sequence[str], *, force: bool
+) -> Finding | None:
+    """Why an engine cannot be drained together with the others."""
     engine = _named(engines, name)
     if engine["state"] not in CAN_DRAIN:
-        raise ConfigError([Finding(name, f"is {engine['state']}: it gets no requests that could be drained")])
-    others = [
-        row["engine"]
+        return Finding(name, f"is {engine['state']}: it gets no requests that could be drained")
+    others = any(
+        row["engine"] not in drained and row["model"] == engine["model"] and row["state"] == "ready"
         for row in engines.values()
-        if row["engine"] != name and row["model"] == engine["model"] and row["state"] == "ready"
-    ]
-    if not others and engine["state"] != "draining" and not force:
-        problem = f"no other engine of the model `{engine['model']}` is ready: its clients would be refused"
-        raise ConfigError([Finding(name, problem, "wait until another one is ready, or add --force")])
-    deployed.tell("drain", name)
-    if wait:
-        _wait(deployed, name, say)
-    else:
-        say(f"{name}: draining; `fleet status` shows what is in flight, `fleet drain {name} --undo` ends it")
+    )
+    if others or engine["state"] == "draining" or force:
+        return None
+    problem = f"no other engine of the model `{engine['model']}` is ready: its clients would be refused"
+    return Finding(name, problem, "wait until another one is ready, or add --force")
 
 
-def undo(deployed: Deployed, name: str, say: Callable[[str], None]) -> None:
+def undo(deployed: Fleet, name: str, say: Callable[[str], None]) -> None:
     """Let an engine have requests again.
 
     Raises:
@@ -69,8 +92,8 @@ def _named(engines: Mapping[str, dict[str, Any]], name: str) -> dict[str, Any]:
     return engines[name]
 
 
-def _wait(deployed: Deployed, name: str, say: Callable[[str], None]) -> None:
-    limit = _longest(deployed) + MARGIN_S
+def _wait(deployed: Fleet, name: str, say: Callable[[str], None]) -> None:
+    limit = deployed.longest_s() + MARGIN_S
     start = said = time.monotonic()
     put_back = f"`fleet drain {name} --undo` puts it back"
     say(f"{name}: draining")
@@ -91,12 +114,3 @@ def _wait(deployed: Deployed, name: str, say: Callable[[str], None]) -> None:
             said = time.monotonic()
             say(f"{name}: {row['in_flight']} in flight, {took:.0f} of {limit:.0f} s")
         time.sleep(POLL_S)
-
-
-def _longest(deployed: Deployed) -> float:
-    """Seconds that the longest answer may take, as the agent was told."""
-    try:
-        settings = json.loads((deployed.machines / "engine/slots/agent/agent.json").read_text(encoding="utf-8"))
-        return float(settings["drain_s"])
-    except (OSError, ValueError, LookupError):
-        return DRAIN_S

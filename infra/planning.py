@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
 
 from infra import benchmarks
 from infra.catalog import gpus, vllm_cpu
 from infra.keys import for_plan
 from infra.plan import make_plan
+from infra.plan.delta import delta
 from infra.stack_file import load_stack_file, stack_file
 
 if TYPE_CHECKING:
     from infra.config import ApiKeys, StackConfig
-    from infra.plan.model import FleetPlan
+    from infra.plan.model import Change, FleetPlan
     from infra.weights.lock import WeightsLock
 
 
@@ -41,6 +46,23 @@ def plan_config(stack: str, config: StackConfig, lock: WeightsLock, api_keys: Ap
         return _with_certificate(make_plan(stack, config, lock, read_host(), api_keys))
     measured = benchmarks.load(lock, gpus(), vllm_cpu().version)
     return make_plan(stack, config, lock, None, api_keys, measured)
+
+
+def changes(old: Mapping[str, Any], plan: FleetPlan, lock: WeightsLock) -> tuple[Change, ...]:
+    """What an edit changes against what is deployed.
+
+    Args:
+        old: The stack output `plan`, or all that `fleet plan --json` prints.
+        plan: What will be.
+        lock: The weights lock.
+    """
+    from infra.plan.model import FleetPlan  # noqa: PLC0415 - only this needs them
+    from infra.render.machines import fingerprint  # noqa: PLC0415
+
+    if "machines" not in old:
+        with contextlib.suppress(ValidationError):  # that of a plan of this version, whole
+            old = {**old, "machines": fingerprint(FleetPlan.model_validate(old), lock)}
+    return delta(old, plan, fingerprint(plan, lock))
 
 
 def _with_certificate(plan: FleetPlan) -> FleetPlan:

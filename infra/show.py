@@ -20,6 +20,7 @@ NUMBERS = frozenset(
     {
         *("concurrency", "context", "engines", "in flight", "KV cache", "memory", "port", "size", "starts", "tokens/s"),
         *("activations", "all/h", "CUDA and NCCL", "graphs", "KV tokens", "/Mtok", "of", "TPOT", "TTFT", "zones"),
+        *("wanted", "in service", "pending", "terminating"),
     }
 )
 """Columns that are aligned to the right."""

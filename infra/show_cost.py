@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from infra.plan.money import usd
+from infra.plan.money import per_month, usd
 
 if TYPE_CHECKING:
     from infra.compare import Comparison, SetupBill
@@ -18,13 +18,31 @@ if TYPE_CHECKING:
 
 NONE = "-"
 DIM = "dim"
+SHOWN = 3
+"""So many pools are named."""
+EXPLAIN = "`fleet plan --explain` names them, with their prices"
 RIGHT = ">"
 """Begins the name of a column that is aligned to the right."""
 
 
+def headline(plan: CostPlan) -> str:
+    """What it costs, how sure that is, and what it may cost, in one line."""
+    prefix = f"{plan.certainty} " if plan.certainty else ""
+    text = f"{prefix}{usd(plan.usd_per_month)} a month, {usd(plan.usd_per_hour)}/h"
+    if plan.dearest:
+        text += f"; {usd(per_month(plan.dearest_usd_per_hour))} a month with {_dearest(plan)}"
+    return text
+
+
+def _dearest(plan: CostPlan) -> str:
+    named = [f"{pool} from {rung}" for pool, rung in plan.dearest[:SHOWN]]
+    more = len(plan.dearest) - len(named)
+    return " and ".join([*named, *([f"{more} more pools"] if more > 0 else [])])
+
+
 def cost(plan: CostPlan, *, explain: bool) -> RenderableType:
     """What a fleet costs; with `explain`, every hosted API, where prices are from, and what is assumed."""
-    parts: list[RenderableType] = [_lines(plan), _models(plan), _hosted(plan, explain=explain)]
+    parts: list[RenderableType] = [_lines(plan, explain=explain), _models(plan), _hosted(plan, explain=explain)]
     if explain:
         parts += [
             _table("where hosted prices are from", ("hosted", "price"), _sources(plan)),
@@ -36,9 +54,12 @@ def cost(plan: CostPlan, *, explain: bool) -> RenderableType:
 def changes(found: Sequence[Change]) -> RenderableType:
     """What an edit changes against the plan that was deployed last."""
     if not found:
-        return Text("no change of models, pools or cost against what is deployed")
+        return Text("no change of models, pools, machines or cost against what is deployed")
     rows = ((change.path, change.what) for change in found)
-    return _table("changes against what is deployed", ("at", "change"), rows)
+    cost = next((change.short for change in found if change.path == "cost"), "the same cost")
+    down = [change.short for change in found if change.short and change.path != "cost"]
+    first = "; ".join(["against what is deployed: " + cost, *down])
+    return _spaced([Text(first, style="bold"), _table("changes", ("at", "change"), rows)])
 
 
 def comparison(result: Comparison) -> RenderableType:
@@ -57,13 +78,22 @@ def comparison(result: Comparison) -> RenderableType:
 # A plan
 
 
-def _lines(plan: CostPlan) -> Table:
-    rows: list[tuple[str, ...]] = [
-        (line.name, line.instance, f"{line.count:,}", usd(line.usd_per_hour_each), usd(line.usd_per_hour), line.price)
+def _lines(plan: CostPlan, *, explain: bool) -> RenderableType:
+    rows = [
+        (
+            *(line.name, line.what, usd(line.usd_per_hour_each) if line.count > 1 else "", usd(line.usd_per_hour)),
+            *(usd(per_month(line.usd_per_hour)), line.price),
+        )
         for line in plan.lines
     ]
-    rows.append(("total", "", "", "", usd(plan.usd_per_hour), f"{usd(plan.usd_per_month)} a month"))
-    return _table("cost", ("", "instance", ">nodes", ">each/h", ">all/h", "price"), rows)
+    rows.append(("total", "", "", usd(plan.usd_per_hour), usd(plan.usd_per_month), plan.certainty))
+    if plan.dearest:
+        dearest = plan.dearest_usd_per_hour
+        rows.append(("", f"with {_dearest(plan)}", "", usd(dearest), usd(per_month(dearest)), "at most"))
+    table = _table("cost", ("", "of", ">each/h", ">all/h", ">a month", "price"), rows)
+    if explain or not plan.by_use:
+        return table
+    return Group(table, Text(f"not counted: {len(plan.by_use)} things that are charged by use; {EXPLAIN}", style=DIM))
 
 
 def _models(plan: CostPlan) -> Table:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from infra.plan.model import ChoicePlan, EngineSetPlan, FleetPlan, MemoryPlan, PoolPlan
 
 
-def plan(plan: FleetPlan, *, explain: bool) -> RenderableType:
+def plan(plan: FleetPlan, *, explain: bool, notices: bool = True) -> RenderableType:
     """What was decided; with `explain`, why, and what else there was to choose from."""
     parts: list[RenderableType] = [Text(headline(plan), style="bold")]
     if plan.memory is not None:
@@ -31,13 +31,15 @@ def plan(plan: FleetPlan, *, explain: bool) -> RenderableType:
         parts += [_choices(plan, model.name) for model in plan.models]
     if plan.cost is not None:
         parts.append(show_cost.cost(plan.cost, explain=explain))
-    if plan.notices:
+    if plan.notices and notices:
         parts.append(table("notices", ("at", "notice"), ((notice.path, notice.message) for notice in plan.notices)))
     if explain:
         rows = ((origin.path, origin.value, origin.because) for origin in plan.origins)
         parts.append(table("where values come from", ("value of", "is", "because"), rows))
     elif plan.choices:
-        parts.append(Text("--explain shows what else was looked at, and where every value comes from", style="dim"))
+        parts.append(
+            Text("`fleet plan --explain` shows what else was looked at, and where every value comes from", style="dim")
+        )
     return spaced(parts)
 
 
@@ -50,7 +52,7 @@ def headline(plan: FleetPlan) -> str:
         nodes = sum(pool.nodes for pool in plan.pools)
         text += f", {engines:,} engine{'s' * (engines != 1)} on {nodes:,} node{'s' * (nodes != 1)}"
     if plan.cost:
-        text += f", {usd(plan.cost.usd_per_hour)}/h, {usd(plan.cost.usd_per_month)} a month"
+        text += f", {show_cost.headline(plan.cost)}"
     return text
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from yaml.nodes import MappingNode, Node, SequenceNode
 
 from infra.catalog import consistency
+from infra.catalog.charges import Charge
 from infra.catalog.efficiency import Efficiency
 from infra.catalog.engine import EngineCatalog
 from infra.catalog.gpu_start import GpuStart
@@ -28,6 +29,7 @@ from infra.catalog.strict import FOLDER, LOADER, Strict, parse
 from infra.findings import Finding, did_you_mean, in_order, kind, show
 
 ROWS: dict[str, tuple[str, type[Strict]]] = {
+    "aws-charges.yaml": ("charges", Charge),
     "aws-instances.yaml": ("instances", Instance),
     "aws-images.yaml": ("images", PublicImage),
     "aws-quotas.yaml": ("quotas", Quota),
@@ -43,10 +45,10 @@ WHOLE: dict[str, type[BaseModel]] = {
     "vllm-memory.yaml": MemoryCatalog,
 }
 """Files that are one thing."""
-PRICES = ("aws-instances.yaml", "aws-services.yaml", "hosted-prices.yaml")
+PRICES = ("aws-charges.yaml", "aws-instances.yaml", "aws-services.yaml", "hosted-prices.yaml")
 STALE_MONTHS = 12
 """Prices fall in steps: AWS cut that of the H100 by 44 % in 2025-06; hosted models do with each generation."""
-REFRESH = {"hosted-prices.yaml": "look the price up again"}
+REFRESH = dict.fromkeys(("aws-charges.yaml", "hosted-prices.yaml"), "look the price up again")
 RESTORE = "restore it from version control"
 SHOWN = "2026-11"
 NOUNS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Literal
 
-from pydantic import PositiveFloat
+from pydantic import Field, PositiveFloat
 
 from infra.catalog.strict import FOLDER, Month, Source, Strict, read
 
@@ -18,6 +18,8 @@ class Service(Strict):
     use: Literal["gateway", "monitor"]
     usd_per_hour: dict[str, PositiveFloat]
     """By region: on demand, Linux, shared tenancy."""
+    zones: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """By region: of gateways, those in which they are, by id."""
     source: Source
     date: Month
 

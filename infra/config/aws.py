@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from annotated_types import GroupedMetadata
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from infra.config.strict import Strict
@@ -21,72 +24,82 @@ _TAG_KEY = re.compile(r"(?!aws:)(?!vllm-fleet:)[A-Za-z0-9_.:,=+@-]{1,128}")
 """What machines may show of themselves in their metadata: no spaces and no slashes (EC2 guide, 2026-11)."""
 
 
-def _like(pattern: str, what: str, fix: str) -> BeforeValidator:
-    """A text that AWS gives, of a known form."""
-    form = re.compile(pattern)
+@dataclass(frozen=True)
+class _Given(GroupedMetadata):
+    """A text that AWS gives, of a known form: what it must match, what it is, and how to get it right."""
 
-    def check(value: Any) -> str:
-        if isinstance(value, str) and form.fullmatch(value):
-            return value
-        raise refusal(f"{show(value)} is not {what}", fix)
+    pattern: str
+    what: str
+    fix: str
 
-    return BeforeValidator(check)
+    def __iter__(self) -> Iterator[Any]:
+        form = re.compile(self.pattern)
+
+        def check(value: Any) -> str:
+            if isinstance(value, str) and form.fullmatch(value):
+                return value
+            raise refusal(f"{show(value)} is not {self.what}", self.fix)
+
+        yield BeforeValidator(check)
+        yield _schema(self.pattern)
 
 
 def _schema(pattern: str) -> WithJsonSchema:
     return WithJsonSchema({"type": "string", "pattern": f"^{pattern}$"})
 
 
-_VPC = r"vpc-[0-9a-f]{8,17}"
-_SUBNET = r"subnet-[0-9a-f]{8,17}"
-_CERTIFICATE = rf"{_ARN}:acm:[a-z0-9-]+:[0-9]{{12}}:certificate/[0-9a-f-]+"
-_POLICY = rf"{_ARN}:iam::(?:[0-9]{{12}}|aws):policy/[\w+=,.@/-]+"
-_SECRET = rf"{_ARN}:secretsmanager:[a-z0-9-]+:[0-9]{{12}}:secret:[\w/+=.@-]+"
-_ZONE = r"Z[A-Z0-9]{5,31}"
-_IMAGE = r"(?:ami-[0-9a-f]{8,17}|/[\w./-]{1,512})"
 _CIDR = r"(?:[0-9]{1,3}\.){3}[0-9]{1,3}/[0-9]{1,2}"
 VpcId = Annotated[
     str,
-    _like(_VPC, "the id of a VPC", "`vpc-` and hex digits, as `aws ec2 describe-vpcs` shows it"),
-    _schema(_VPC),
+    _Given(r"vpc-[0-9a-f]{8,17}", "the id of a VPC", "`vpc-` and hex digits, as `aws ec2 describe-vpcs` shows it"),
 ]
 SubnetId = Annotated[
     str,
-    _like(_SUBNET, "the id of a subnet", "`subnet-` and hex digits, as `aws ec2 describe-subnets` shows it"),
-    _schema(_SUBNET),
+    _Given(
+        r"subnet-[0-9a-f]{8,17}",
+        "the id of a subnet",
+        "`subnet-` and hex digits, as `aws ec2 describe-subnets` shows it",
+    ),
 ]
 CertificateArn = Annotated[
     str,
-    _like(
-        _CERTIFICATE,
+    _Given(
+        rf"{_ARN}:acm:[a-z0-9-]+:[0-9]{{12}}:certificate/[0-9a-f-]+",
         "the ARN of a certificate",
         "`arn:aws:acm:REGION:ACCOUNT:certificate/ID`, as `aws acm list-certificates` shows it",
     ),
-    _schema(_CERTIFICATE),
 ]
 PolicyArn = Annotated[
     str,
-    _like(_POLICY, "the ARN of a policy", "`arn:aws:iam::ACCOUNT:policy/NAME`, as `aws iam list-policies` shows it"),
-    _schema(_POLICY),
+    _Given(
+        rf"{_ARN}:iam::(?:[0-9]{{12}}|aws):policy/[\w+=,.@/-]+",
+        "the ARN of a policy",
+        "`arn:aws:iam::ACCOUNT:policy/NAME`, as `aws iam list-policies` shows it",
+    ),
 ]
 SecretArn = Annotated[
     str,
-    _like(
-        _SECRET,
+    _Given(
+        rf"{_ARN}:secretsmanager:[a-z0-9-]+:[0-9]{{12}}:secret:[\w/+=.@-]+",
         "the ARN of a secret",
         "`arn:aws:secretsmanager:REGION:ACCOUNT:secret:NAME`, as `aws secretsmanager list-secrets` shows it",
     ),
-    _schema(_SECRET),
 ]
 HostedZoneId = Annotated[
     str,
-    _like(_ZONE, "the id of a hosted zone", "`Z…`, as `aws route53 list-hosted-zones` shows it after the slash"),
-    _schema(_ZONE),
+    _Given(
+        r"Z[A-Z0-9]{5,31}",
+        "the id of a hosted zone",
+        "`Z…`, as `aws route53 list-hosted-zones` shows it after the slash",
+    ),
 ]
 Image = Annotated[
     str,
-    _like(_IMAGE, "an image", "`ami-…`, or the name of an SSM parameter that holds one, from / on"),
-    _schema(_IMAGE),
+    _Given(
+        r"(?:ami-[0-9a-f]{8,17}|/[\w./-]{1,512})",
+        "an image",
+        "`ami-…`, or the name of an SSM parameter that holds one, from / on",
+    ),
 ]
 
 

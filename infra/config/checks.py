@@ -71,7 +71,7 @@ def checks(config: StackConfig, raw: Mapping[str, Any]) -> Iterator[Finding]:
 def _pool_of(target: str, at: str, pool: PoolConfig) -> Iterator[Finding]:
     """Keys that a pool cannot have on a target."""
     if target == "kubernetes":
-        for key in ("instance", "zones", "capacity"):
+        for key in ("instance", "zones", "capacity", "schedule"):
             if key in pool.model_fields_set:
                 yield Finding(f"{at}.{key}", "on Kubernetes the cluster has its nodes already", "remove it")
         return

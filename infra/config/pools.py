@@ -8,12 +8,14 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
+from infra.config.schedule import ScheduleConfig
 from infra.config.strict import Strict
 from infra.config.units import Size, refusal
 from infra.findings import did_you_mean, nearest, show
 
 RungKind = Literal["reservation", "capacity-block", "on-demand", "spot"]
 RUNGS = "`on-demand`, `spot`, `{spot: 0.6}`, `{reservation: cr-…}` or `{capacity-block: cr-…}`"
+_ZONE = re.compile(r"[a-z0-9]+-az[0-9]{1,2}")
 _RESERVATION = re.compile(r"cr-[0-9a-f]{1,32}")
 MAX_NODES = 1000
 PER_CENT = 100
@@ -29,6 +31,8 @@ class Rung(Strict):
     """Of the reservation or the block."""
     max_share: Annotated[float, Field(gt=0, le=1)] | None = None
     """Of a spot node: the most that is paid, as a part of the on-demand price."""
+    zone: str | None = None
+    """Where the reservation or the block is, by id: `use1-az4`. Default: the group looks in all zones of the pool."""
 
 
 def rung(value: Any) -> Rung:
@@ -39,6 +43,9 @@ def rung(value: Any) -> Rung:
         return _bare(value)
     if not isinstance(value, Mapping) or not value:
         raise refusal(f"{show(value)} is no way to get nodes", f"write {RUNGS}")
+    zone = _zone(value["zone"]) if "zone" in value and value.keys() & {"reservation", "capacity-block"} else None
+    if zone:
+        value = {key: it for key, it in value.items() if key != "zone"}
     if len(value) > 1:
         keys = ", ".join(show(key) for key in value)
         raise refusal(f"has {len(value)} keys, {keys}: one way to get nodes has one", "an item of the list for each")
@@ -47,9 +54,9 @@ def rung(value: Any) -> Rung:
         case "spot":
             return Rung.model_validate({"kind": "spot", "max-share": _share(argument)})
         case "reservation":
-            return Rung(kind="reservation", id=_reservation(argument))
+            return Rung(kind="reservation", id=_reservation(argument), zone=zone)
         case "capacity-block":
-            return Rung(kind="capacity-block", id=None if argument is True else _reservation(argument))
+            return Rung(kind="capacity-block", id=None if argument is True else _reservation(argument), zone=zone)
         case "on-demand":
             raise refusal("`on-demand` has no value", "write `on-demand` alone")
         case _:
@@ -97,6 +104,13 @@ def _reservation(value: Any) -> str:
     raise refusal(f"{show(value)} is not the id of a reservation", fix)
 
 
+def _zone(value: Any) -> str:
+    if isinstance(value, str) and _ZONE.fullmatch(value):
+        return value
+    fix = "its id, such as `use1-az4`: `aws ec2 describe-capacity-reservations` shows it as AvailabilityZoneId"
+    raise refusal(f"{show(value)} is not the id of a zone", fix)
+
+
 def node_count(value: Any) -> Any:
     """A number of nodes, or `auto`."""
     if value == "auto":
@@ -117,17 +131,19 @@ def node_count(value: Any) -> Any:
     return value
 
 
+_ZONE_SCHEMA = {"zone": {"type": "string", "pattern": f"^{_ZONE.pattern}$"}}
 _RUNG_SCHEMA = {
     "anyOf": [
         {"enum": ["on-demand", "spot"]},
         *(
-            {"type": "object", "properties": {key: value}, "required": [key], "additionalProperties": False}
-            for key, value in (
-                ("spot", {"type": "number", "exclusiveMinimum": 0, "maximum": 1}),
-                ("reservation", {"type": "string", "pattern": f"^{_RESERVATION.pattern}$"}),
+            {"type": "object", "properties": {key: value, **more}, "required": [key], "additionalProperties": False}
+            for key, value, more in (
+                ("spot", {"type": "number", "exclusiveMinimum": 0, "maximum": 1}, {}),
+                ("reservation", {"type": "string", "pattern": f"^{_RESERVATION.pattern}$"}, _ZONE_SCHEMA),
                 (
                     "capacity-block",
                     {"anyOf": [{"const": True}, {"type": "string", "pattern": f"^{_RESERVATION.pattern}$"}]},
+                    _ZONE_SCHEMA,
                 ),
             )
         ),
@@ -153,6 +169,8 @@ class PoolConfig(Strict):
     """Ways to get nodes, tried in this order: `on-demand`, `spot`, `{spot: 0.6}`, `{reservation: cr-…}`."""
     zones: Annotated[int, Field(ge=1, le=6)] | None = None
     """Availability zones. Default: all that have the instance type."""
+    schedule: ScheduleConfig | None = None
+    """On AWS: the pool has its nodes in these hours alone. Default: always."""
     disk: Annotated[Size, Field(ge=10**9, le=64 << 40)] | None = None
     """Root volume of each node. Default: what the weights need."""
     gpus_per_node: Annotated[int, Field(ge=1, le=16)] | None = None

@@ -12,7 +12,7 @@ from infra.plan.model import AwsPlan, BalancerPlan, GroupPlan, HostsPlan, Networ
 from infra.plan.timings import min_healthy_percent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from infra.catalog import Instance
     from infra.catalog.services import Service
@@ -27,10 +27,16 @@ FIRST_ENGINE_PORT = 8000
 """The engine in slot n of a node listens on this one and n."""
 EXPORTER_PORTS = (9100, 9400)
 """Of a node's own metrics and of its GPUs': where their exporters listen by default."""
+INTERFACES = (
+    *("ssm", "ssmmessages", "ec2messages", "secretsmanager", "kms"),
+    *("autoscaling", "servicediscovery", "ec2", "logs"),
+)
+"""Services that machines ask, and that have an interface endpoint in each zone where one is wanted."""
 TLS_PORT, PLAIN_PORT = 443, 80
 HEALTH_PATH = "/lb-health"
 """What HAProxy answers to a load balancer (nodeconfig/gateway): 200 while some engine is ready."""
 GB = 10**9
+FRONT_ZONES = 2
 HOST_VOLUME_BYTES = 20 * GB
 """Of a gateway's or the monitor's root volume: the system takes 2 GB, logs are rotated."""
 METRICS_VOLUME_BYTES = 50 * GB
@@ -63,7 +69,8 @@ def plan_aws(  # noqa: PLR0913 - everything that it depends on
         services: The catalog of machines without GPUs.
         ledger: Gets what is refused or remarkable.
     """
-    zones = plan_zones((pool.zones for pool in pools), instances, region, hosts)
+    front = front_zones(services, instances, region)
+    zones = sorted({*front, *(zone for pool in pools for zone in pool.zones)})
     network = plan_network(config, zones)
     for zone in network.zones:
         ledger.because(f"aws.network.{zone.zone}", zone.private, "the part of its number: no other zone moves it")
@@ -72,13 +79,13 @@ def plan_aws(  # noqa: PLR0913 - everything that it depends on
     return AwsPlan(
         network=network,
         groups=tuple(group for pool in pools for group in pool_groups(stack, pool)),
-        gateway=_gateways(stack, hosts, zones, services),
+        gateway=_gateways(stack, hosts, front, services),
         monitor=HostsPlan(
             group=None,
             instance=_host("monitor", services),
             hosts=1,
             most=1,
-            zones=zones[:1],
+            zones=front[:1],
             min_healthy_percent=0,
             max_healthy_percent=100,
             volume_bytes=HOST_VOLUME_BYTES,
@@ -101,16 +108,14 @@ def plan_aws(  # noqa: PLR0913 - everything that it depends on
 # Network
 
 
-def plan_zones(
-    pools: Iterable[Sequence[str]], instances: Mapping[str, Instance], region: str, hosts: int
-) -> tuple[str, ...]:
-    """The zones of the network, by id: those of the pools; one more if they are in one only and there are gateways."""
-    used = sorted({zone for zones in pools for zone in zones})
-    if len(used) == 1 and hosts > 1:
-        offers = Counter(zone for row in instances.values() for zone in row.zones.get(region, ()))
-        others = sorted(set(offers) - set(used), key=lambda zone: (-offers[zone], zone))
-        used = sorted([*used, *others[:1]])
-    return tuple(used)
+def front_zones(services: Mapping[str, Service], instances: Mapping[str, Instance], region: str) -> tuple[str, ...]:
+    """Where the gateways, the load balancer and the monitor are, by id: the same whatever pools there are.
+
+    A load balancer that leaves a zone is replaced, and clients know it by its name.
+    """
+    named = next((row.zones[region] for row in services.values() if row.use == "gateway" and region in row.zones), ())
+    every = sorted({zone for row in instances.values() for zone in row.zones.get(region, ())})
+    return named or tuple(every[:FRONT_ZONES])
 
 
 def plan_network(config: StackConfig, zones: Sequence[str]) -> NetworkPlan:
@@ -165,8 +170,8 @@ def zone_plan(cidr: str, zone: str) -> ZonePlan:
 def pool_groups(stack: str, pool: PoolPlan) -> list[GroupPlan]:
     """One group of machines for each rung of a pool's ladder.
 
-    The first wants all nodes, always; AWS goes on trying where it lacks capacity. The others may have as many, and want
-    none: what the ones before them cannot get, the ladder's own program (nodeconfig/ladder) asks of them, and gives it
+    The first wants all nodes; AWS goes on trying where it lacks capacity. The others may have as many, and want none:
+    what the ones before them cannot get, a program on the gateways (fleet_agent/ladder.py) asks of them, and gives it
     back when the first ones have it.
     """
     kinds = Counter(rung.kind for rung in pool.rungs)
@@ -179,7 +184,7 @@ def pool_groups(stack: str, pool: PoolPlan) -> list[GroupPlan]:
             reservation=rung.id,
             instances=rung.instances,
             zones=rung.zones,
-            minimum=pool.nodes if index == 0 else 0,
+            minimum=pool.nodes if index == 0 and pool.schedule is None else 0,
             maximum=pool.nodes,
             min_healthy_percent=min_healthy_percent(pool.nodes),
             max_usd_per_hour=round(rung.usd_per_hour, 4) if rung.kind == "spot" else None,

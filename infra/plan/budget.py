@@ -19,13 +19,12 @@ ROUNDING = 1e-9
 SHOWN = 2
 
 
-def check_budget(  # noqa: PLR0913, PLR0917 - what is compared, one by one
+def check_budget(
     cost: CostPlan | None,
     budget: BudgetConfig,
     rented: Sequence[Rented],
     served: Sequence[Served],
     ledger: Ledger,
-    dearest: float = 0.0,
 ) -> None:
     """Refuse a fleet that costs more than its budget, or whose cost nobody knows though it has one.
 
@@ -35,7 +34,6 @@ def check_budget(  # noqa: PLR0913, PLR0917 - what is compared, one by one
         rented: Every pool, the gateways, the monitor.
         served: Every model.
         ledger: Told what is over.
-        dearest: Dollars an hour with every pool on its dearest rung.
     """
     for key, limit, hours, unit in (
         ("budget.usd_per_hour", budget.usd_per_hour, 1, "/h"),
@@ -51,9 +49,10 @@ def check_budget(  # noqa: PLR0913, PLR0917 - what is compared, one by one
         if over > limit * ROUNDING:
             problem = f"the fleet costs {usd(cost.usd_per_hour * hours)}{unit}, {usd(over)} over"
             ledger.refuse(key, problem, _fix(key, cost, limit / hours, rented, served))
-        elif dearest * hours > limit * (1 + ROUNDING):
-            above = usd(dearest * hours - limit)
-            ledger.note(key, f"is kept on spot; on demand the fleet costs {usd(dearest * hours)}{unit}, {above} over")
+        elif (dearest := cost.dearest_usd_per_hour * hours) > limit * (1 + ROUNDING):
+            rungs = ", ".join(f"`{pool}` from {rung}" for pool, rung in cost.dearest)
+            problem = f"is kept with every pool on its first rung; with {rungs} the fleet costs {usd(dearest)}{unit}"
+            ledger.note(key, f"{problem}, {usd(dearest - limit)} over")
 
 
 def _fix(key: str, cost: CostPlan, limit: float, rented: Sequence[Rented], served: Sequence[Served]) -> str:
@@ -62,7 +61,7 @@ def _fix(key: str, cost: CostPlan, limit: float, rented: Sequence[Rented], serve
     enough = sorted(change for pool in rented if pool.gpus for change in _changes(pool, served, over))
     if enough:
         return " or ".join(words for _, words in enough[:SHOWN])
-    fewest = sum(it.usd_per_hour * _fewest_nodes(it, served) for it in rented)
+    fewest = cost.usd_per_hour - sum(it.usd_per_hour * (it.count - _fewest_nodes(it, served)) for it in rented)
     if fewest <= limit:
         return f"fewer engines of several models: with one of each the fleet costs {usd(fewest)}/h"
     hours = HOURS_PER_MONTH if key.endswith("month") else 1

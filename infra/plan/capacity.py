@@ -86,8 +86,22 @@ def plan_rungs(
     for index, plan in enumerate(rungs):
         where = f"{_name(plan)}: {', '.join(plan.instances)} in {', '.join(plan.zones)}"
         pool.because(f"capacity.{index}", where, f"${plan.usd_per_hour:.2f} an hour for a node: {plan.basis}")
+    _check_zones(pool, zones)
     _note_ladder(pool, rungs)
     return rungs
+
+
+def _check_zones(pool: Pool, zones: Sequence[str]) -> None:
+    """A reservation is in one zone, which has to be one of the network's."""
+    for index, rung in enumerate(pool.wanted.capacity):
+        if rung.zone and rung.zone not in zones:
+            problem = f"zone {rung.zone}: the pool is in {', '.join(zones)}"
+            pool.refuse(f"capacity.{index}", problem, "one of these, or more `zones`")
+        elif rung.kind in PAID_ANYWAY and rung.zone is None and len(zones) > 1:
+            said = (
+                "does not say its zone: the group looks for it in all, and what fails in one is tried in the next; add"
+            )
+            pool.note(f"capacity.{index}", f"{said} `zone: {zones[0]}`, for example")
 
 
 def _rung(rung: Rung, packing: Packing, stand_ins: Mapping[str, Instance], zones: Sequence[str]) -> RungPlan:
@@ -105,7 +119,7 @@ def _rung(rung: Rung, packing: Packing, stand_ins: Mapping[str, Instance], zones
         kind=rung.kind,
         id=rung.id,
         instances=tuple(types),
-        zones=tuple(zones),
+        zones=(rung.zone,) if rung.zone else tuple(zones),
         usd_per_hour=price,
         basis=basis,
     )

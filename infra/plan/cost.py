@@ -1,8 +1,8 @@
 """What a fleet costs: by the hour, by the month, and by the token. Pure: prices, plans and speeds are handed in.
 
 A fleet is rented whole, and several models share it. The rules by which its price is divided are these, and no others:
-a pool among its models by the GPUs that they hold, idle ones along with them; gateways and the monitor among the models
-by their parts of the pools; a model's part among prompts and answers by the engines' time for each.
+a pool among its models by the GPUs that they hold, idle ones along with them; everything else among the models by their
+parts of the pools; a model's part among prompts and answers by the engines' time for each.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from infra.plan.model import PoolPlan, SpeedPlan
 
 SECONDS_PER_MONTH = HOURS_PER_MONTH * 3600
+CERTAINTY: Mapping[str, Literal["at most", "about"]] = {"spot": "at most", "capacity-block": "about"}
+"""What the price of a rung is, where it is no price that AWS names."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,36 @@ class Rented:
     """Where the price is from."""
     gpus: int = 0
     """Of one; 0: no pool."""
+    share: float = 1.0
+    """Of all hours, in which it is rented: the price is that on average."""
+
+
+@dataclass(frozen=True)
+class Charged:
+    """What is charged beside machines, all the time."""
+
+    name: str
+    """Of the line."""
+    what: str
+    """What it is made of."""
+    usd_per_hour: float
+    price: str
+    """Where the price is from."""
+
+
+@dataclass(frozen=True)
+class Fall:
+    """What the fleet costs when pools are not on the first rung of their ladders."""
+
+    certainty: Literal["", "at most", "about"] = ""
+    """Of the price of the first rungs."""
+    more_usd_per_hour: float = 0.0
+    """With every pool on its dearest rung."""
+    dearest: tuple[tuple[str, str], ...] = ()
+    """(pool, rung) where that is not the first one."""
+
+
+NO_FALL = Fall()
 
 
 @dataclass(frozen=True)
@@ -63,11 +95,13 @@ class Served:
     speed: SpeedPlan
     """At the traffic's prompts and answers."""
     traffic: Traffic
+    share: float = 1.0
+    """Of all hours, in which they are there."""
 
     @property
     def capacity(self) -> float:
         """Requests a month that its engines answer without a pause."""
-        return capacity(self.speed, self.engines)
+        return self.share * capacity(self.speed, self.engines)
 
 
 def capacity(speed: SpeedPlan, engines: int) -> float:
@@ -98,8 +132,10 @@ def pool_rent(pool: PoolPlan) -> Rented | None:
     if pool.usd_per_hour is None:
         return None
     price = pool.rungs[0].basis if pool.rungs else f"pools.{pool.name}.usd_per_hour"
-    each = pool.usd_per_hour / pool.nodes
-    return Rented(pool.name, pool.instance or pool.gpu, pool.nodes, each, price, pool.gpus_per_node)
+    if pool.share < 1:
+        price = f"{price}; on average, its hours are {pool.share:.0%} of all"
+    each = pool.share * pool.usd_per_hour / pool.nodes
+    return Rented(pool.name, pool.instance or pool.gpu, pool.nodes, each, price, pool.gpus_per_node, pool.share)
 
 
 def host_rent(
@@ -112,18 +148,43 @@ def host_rent(
     return None
 
 
+def fall(pools: Sequence[PoolPlan]) -> Fall:
+    """What the price of the first rungs is worth, and what the dearest ones cost."""
+    firsts = {CERTAINTY.get(pool.rungs[0].kind, "") for pool in pools if pool.rungs}
+    found = [(pool, max(pool.rungs, key=lambda rung: rung.usd_per_hour)) for pool in pools if pool.rungs]
+    dearer = [(pool, rung) for pool, rung in found if rung.usd_per_hour > pool.rungs[0].usd_per_hour]
+    return Fall(
+        certainty="about" if "about" in firsts else "at most" if "at most" in firsts else "",
+        more_usd_per_hour=sum(
+            pool.share * ((pool.highest_usd_per_hour or 0) - (pool.usd_per_hour or 0)) for pool, _ in dearer
+        ),
+        dearest=tuple((pool.name, rung.kind) for pool, rung in dearer),
+    )
+
+
 # The plan
 
 
-def plan_cost(rented: Sequence[Rented], served: Sequence[Served], others: Sequence[Hosted]) -> CostPlan:
+def plan_cost(  # noqa: PLR0913 - what a cost is made of
+    rented: Sequence[Rented],
+    served: Sequence[Served],
+    others: Sequence[Hosted],
+    *,
+    charged: Sequence[Charged] = (),
+    by_use: Sequence[str] = (),
+    fall: Fall = NO_FALL,
+) -> CostPlan:
     """Add it up, divide it among the models, and compare each with every hosted API.
 
     Args:
         rented: Every pool, the gateways, the monitor.
         served: Every model.
         others: What it is compared with.
+        charged: What is charged beside them all the time; none: machines alone are counted.
+        by_use: What is charged by use, in words.
+        fall: What later rungs cost.
     """
-    lines = tuple(
+    machines = [
         CostLine(
             name=it.name,
             instance=it.instance,
@@ -133,24 +194,51 @@ def plan_cost(rented: Sequence[Rented], served: Sequence[Served], others: Sequen
             price=it.price,
         )
         for it in rented
-    )
+    ]
+    rest = [
+        CostLine(
+            name=it.name,
+            instance=it.what,
+            count=0,
+            usd_per_hour_each=it.usd_per_hour,
+            usd_per_hour=it.usd_per_hour,
+            price=it.price,
+        )
+        for it in charged
+    ]
+    lines = (*machines, *rest)
     total = sum(line.usd_per_hour for line in lines)
     pools = {it.name: it for it in rented if it.gpus}
-    hosts = sum(it.count * it.usd_per_hour for it in rented if not it.gpus)
+    shared = total - sum(it.count * it.usd_per_hour for it in pools.values())
     return CostPlan(
         usd_per_hour=total,
         usd_per_month=per_month(total),
+        certainty=fall.certainty,
+        dearest_usd_per_hour=total + fall.more_usd_per_hour,
+        dearest=fall.dearest,
         lines=lines,
-        models=tuple(_model(it, pools[it.pool], _parts(it, served, pools), hosts, others) for it in served),
-        assumptions=_ASSUMPTIONS,
+        models=tuple(_model(it, pools[it.pool], _parts(it, served, pools), shared, others) for it in served),
+        by_use=tuple(by_use),
+        assumptions=_assumptions(charged, by_use, [it.name for it in rented if it.share < 1]),
     )
 
 
-_ASSUMPTIONS = (
-    f"A month has {HOURS_PER_MONTH} hours, and everything is rented for all of them.",
-    "Machines only: no data transfer, disks, load balancer, snapshots or logs, and nobody's time.",
+def _assumptions(charged: Sequence[Charged], by_use: Sequence[str], scheduled: Sequence[str]) -> tuple[str, ...]:
+    counted = f"Counted are machines, {', '.join(it.name for it in charged)}; nobody's time, and no taxes."
+    kept = "The model cache counts the weights of this plan once; those of models that were replaced stay in it too."
+    return (
+        f"A month has {HOURS_PER_MONTH} hours, and everything is rented for all of them"
+        + (f" but {', '.join(scheduled)}, rented in the hours of its schedule." if scheduled else "."),
+        *((counted, kept) if charged else (MACHINES_ONLY,)),
+        *((f"Charged by use, and not counted: {'; '.join(by_use)}.",) if by_use else ()),
+        *RULES,
+    )
+
+
+MACHINES_ONLY = "Machines only: no data transfer, disks, load balancer, snapshots or logs, and nobody's time."
+RULES = (
     "A pool is divided among its models by the GPUs that they hold, idle ones along with them.",
-    "Gateways and the monitor are divided among the models by their parts of the pools.",
+    "Everything else is divided among the models by their parts of the pools.",
     "A model's part is divided among prompts and answers by the engines' time for each.",
     "Hosted prices are list prices, without discounts for batches or cached prompts, for the same number of tokens.",
     "What rests on speed (capacity, utilisation, break-even) is an estimate, unless the configuration was measured.",
@@ -168,14 +256,14 @@ def _parts(one: Served, served: Sequence[Served], pools: Mapping[str, Rented]) -
     return rent(one), rent(one) / everything if everything else 1 / len(served)
 
 
-def _model(it: Served, pool: Rented, parts: tuple[float, float], hosts: float, others: Sequence[Hosted]) -> ModelCost:
+def _model(it: Served, pool: Rented, parts: tuple[float, float], shared: float, others: Sequence[Hosted]) -> ModelCost:
     of_pool, share = parts
-    usd_per_hour = of_pool + share * hosts
+    usd_per_hour = of_pool + share * shared
     traffic, month = it.traffic, per_month(usd_per_hour)
     own = SelfHosted(
         engines=it.engines,
         usd_per_month=month,
-        fixed_usd=per_month(share * hosts),
+        fixed_usd=per_month(share * shared),
         node_usd=per_month(pool.usd_per_hour),
         engines_per_node=max(1, pool.gpus // it.gpus),
         engine_requests=it.capacity / it.engines,

@@ -12,9 +12,21 @@ from infra.plan.aws import plan_aws
 from infra.plan.budget import check_budget
 from infra.plan.candidates import World
 from infra.plan.capacity import check_drain, note_spot
+from infra.plan.charges import by_use, charged, parts
 from infra.plan.choice import explain as explain_choice
 from infra.plan.choice import limits, ranked
-from infra.plan.cost import Rented, Served, Traffic, capacity, host_rent, note_overload, plan_cost, pool_rent
+from infra.plan.cost import (
+    Charged,
+    Rented,
+    Served,
+    Traffic,
+    capacity,
+    fall,
+    host_rent,
+    note_overload,
+    plan_cost,
+    pool_rent,
+)
 from infra.plan.engines import OFFLINE, gpu_flags
 from infra.plan.gateway import listening, plan_gateway, thresholds
 from infra.plan.gpu_models import Chosen, ask_of, choose_model, explain_model
@@ -36,6 +48,7 @@ from infra.plan.traffic import requests_per_month
 from infra.plan.work import Largest, Work, on_gpu
 
 if TYPE_CHECKING:
+    from infra.catalog.charges import Charge
     from infra.catalog.services import Service
     from infra.config import StackConfig
     from infra.plan.candidates import Ask
@@ -90,6 +103,7 @@ class GpuPlanner:
     config: StackConfig
     world: World
     services: Mapping[str, Service]
+    charges: Mapping[str, Charge]
     hosted: Sequence[Hosted]
     version: str
     """Of vLLM."""
@@ -131,7 +145,7 @@ class GpuPlanner:
         if aws:
             gateway = gateway.model_copy(update={"proxy_protocol": True})  # the load balancer says who the client is
         on_aws = self._on_aws(list(placed.values()), gateway)
-        cost = self._cost(placed, chosen, engines)
+        cost = self._cost(placed, chosen, engines, on_aws)
         self.ledger.settle()
         for one in chosen.values():
             explain_model(one, self.world, self.ledger)
@@ -353,22 +367,43 @@ class GpuPlanner:
     # Cost.
 
     def _cost(
-        self, placed: Mapping[str, PoolPlan], chosen: Mapping[str, Chosen], engines: Mapping[str, int]
+        self,
+        placed: Mapping[str, PoolPlan],
+        chosen: Mapping[str, Chosen],
+        engines: Mapping[str, int],
+        on_aws: AwsPlan | None,
     ) -> CostPlan | None:
         rented = [rent for plan in placed.values() if (rent := pool_rent(plan))]
         known = len(rented) == len(placed)
         rented += self._hosts()
         pool_by_model = {model: plan.name for plan in placed.values() for model, _ in plan.engines}
-        served = [self._served(one, pool_by_model[name], engines[name]) for name, one in chosen.items()]
-        cost = plan_cost(rented, served, self.hosted) if known and served else None
+        served = [self._served(one, placed[pool_by_model[name]], engines[name]) for name, one in chosen.items()]
+        cost = None
+        if known and served:
+            cost = plan_cost(
+                *(rented, served, self.hosted),
+                charged=self._charged(on_aws, placed, chosen),
+                by_use=by_use(on_aws, self.world.region, self.charges) if on_aws else (),
+                fall=fall(list(placed.values())),
+            )
         if cost is None and placed:
             self.ledger.note("pools", "the price of the nodes is not known: `usd_per_hour` of each pool tells it")
         if cost:
             note_overload(cost, self.ledger)
-        more = sum((plan.highest_usd_per_hour or 0) - (plan.usd_per_hour or 0) for plan in placed.values())
-        dearest = cost.usd_per_hour + more if cost else 0.0
-        check_budget(cost, self.config.budget, rented, served, self.ledger, dearest)
+        check_budget(cost, self.config.budget, rented, served, self.ledger)
         return cost
+
+    def _charged(
+        self, on_aws: AwsPlan | None, placed: Mapping[str, PoolPlan], chosen: Mapping[str, Chosen]
+    ) -> tuple[Charged, ...]:
+        if on_aws is None:
+            return ()
+        kept = {one.model_plan().weights for one in chosen.values()}
+        found = parts(on_aws, list(placed.values()), [self.world.lock.models[entry].size for entry in sorted(kept)])
+        lines, unknown = charged(found, self.world.region, self.charges)
+        if unknown:
+            self.ledger.note("cost", f"not counted: {', '.join(unknown)}; the catalog has no price in this region")
+        return lines
 
     def _hosts(self) -> list[Rented]:
         if not self.world.region:
@@ -377,21 +412,25 @@ class GpuPlanner:
         hosts = given or DEFAULT_GATEWAYS
         reason = "written in the stack file" if given else "two, so that one serves while the other is replaced"
         self.ledger.because("gateway.hosts", hosts, reason)
-        found = (
-            host_rent("gateway", hosts, self.world.region, self.services),
-            host_rent("monitor", 1, self.world.region, self.services),
-        )
-        return [rent for rent in found if rent]
+        found = {
+            "gateway": host_rent("gateway", hosts, self.world.region, self.services),
+            "monitor": host_rent("monitor", 1, self.world.region, self.services),
+        }
+        if unknown := [name for name, rent in found.items() if rent is None]:
+            self.ledger.note("cost", f"not counted: {', '.join(unknown)}; the catalog has no price in this region")
+        return [rent for rent in found.values() if rent]
 
-    def _served(self, one: Chosen, pool: str, engines: int) -> Served:
-        requests = requests_per_month(one.ask.model, one.wanted.traffic, capacity(one.speed, engines), self.ledger)
+    def _served(self, one: Chosen, pool: PoolPlan, engines: int) -> Served:
+        most = pool.share * capacity(one.speed, engines)
+        requests = requests_per_month(one.ask.model, one.wanted.traffic, most, self.ledger)
         return Served(
             model=one.ask.model,
-            pool=pool,
+            pool=pool.name,
             engines=engines,
             gpus=one.best.tensor_parallel_size,
             speed=one.speed,
             traffic=Traffic(requests, one.ask.prompt, one.ask.answer),
+            share=pool.share,
         )
 
     def _engines(self, one: Chosen, pool: str, engines: int, derived: Timings) -> EngineSetPlan:

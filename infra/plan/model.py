@@ -190,6 +190,38 @@ class RungPlan(Frozen):
     """What that price is."""
 
 
+class SchedulePlan(Frozen):
+    """The hours in which a pool has its nodes."""
+
+    days: tuple[int, ...]
+    """Of the week; 0 is Monday."""
+    start: str
+    """HH:MM"""
+    end: str
+    """HH:MM, of the same day."""
+    time_zone: str
+
+    @property
+    def share(self) -> float:
+        """Of a week that these hours are."""
+        return len(self.days) * (_minutes(self.end) - _minutes(self.start)) / (7 * 24 * 60)
+
+    def later(self, time: str, minutes: int) -> str:
+        """A time some minutes later, on the same day and before the end."""
+        found = min(_minutes(time) + minutes, _minutes(self.end))
+        return f"{found // 60:02}:{found % 60:02}"
+
+    def cron(self, time: str) -> str:
+        """A time on these days, as Auto Scaling takes it (5 fields; 0 is Sunday)."""
+        hour, _, minute = time.partition(":")
+        return f"{int(minute)} {int(hour)} * * {','.join(str((day + 1) % 7) for day in self.days)}"
+
+
+def _minutes(clock: str) -> int:
+    hour, _, minute = clock.partition(":")
+    return int(hour) * 60 + int(minute)
+
+
 class PoolPlan(Frozen):
     """Nodes that are all alike: one launch template, one packing."""
 
@@ -215,6 +247,13 @@ class PoolPlan(Frozen):
     """Instance refresh, with MaxHealthyPercentage 100: one node at a time, and never a spare one."""
     usd_per_hour: float | None
     """Of all nodes on the first rung; None: not known."""
+    schedule: SchedulePlan | None = None
+    """None: it has its nodes always."""
+
+    @property
+    def share(self) -> float:
+        """Of all hours, in which it has its nodes."""
+        return self.schedule.share if self.schedule else 1.0
 
     @property
     def idle_gpus(self) -> int:
@@ -482,17 +521,31 @@ class AwsPlan(Frozen):
     protect: bool
     """What holds data outlives the stack."""
 
+    @property
+    def ladders(self) -> list[list[str]]:
+        """Names of the groups of every pool that has several, in the order of its rungs."""
+        pools = dict.fromkeys(it.pool for it in self.groups)
+        found = [[it.name for it in self.groups if it.pool == pool] for pool in pools]
+        return [names for names in found if len(names) > 1]
+
 
 class CostLine(Frozen):
-    """Machines that are rented by the hour: a pool, the gateways, the monitor."""
+    """Machines that are rented by the hour: a pool, the gateways, the monitor; or something else that is charged."""
 
     name: str
     instance: str
+    """Type of the machines; of what is no machine, what it is made of."""
     count: int
+    """Machines; 0: it is none, and has one price as a whole."""
     usd_per_hour_each: float
     usd_per_hour: float
     price: str
     """Where the price is from."""
+
+    @property
+    def what(self) -> str:
+        """How many of what."""
+        return f"{self.count:,} x {self.instance}" if self.count else self.instance
 
 
 class HostedCost(Frozen):
@@ -542,9 +595,18 @@ class CostPlan(Frozen):
     """What the fleet costs, and what its traffic would cost elsewhere."""
 
     usd_per_hour: float
+    """With every pool on the first rung of its ladder."""
     usd_per_month: float
+    certainty: Literal["", "at most", "about"]
+    """`at most`: there are spot nodes, and the market decides; `about`: there are capacity blocks, which are bought."""
+    dearest_usd_per_hour: float
+    """With every pool on the dearest rung of its ladder."""
+    dearest: tuple[tuple[str, str], ...]
+    """(pool, rung) where that is not the first one."""
     lines: tuple[CostLine, ...]
     models: tuple[ModelCost, ...]
+    by_use: tuple[str, ...]
+    """What is charged besides, by use, with its price: nobody knows beforehand how much it will be."""
     assumptions: tuple[str, ...]
 
 
@@ -552,8 +614,10 @@ class Change(Frozen):
     """What an edit changes against the plan that was deployed last."""
 
     path: str
-    """`models.chat`, `pools.h100`, `cost` …"""
+    """`models.chat`, `pools.h100`, `machines.gateway`, `cost` …"""
     what: str
+    short: str = ""
+    """The same in a few words, where it belongs into the first line: what is down meanwhile, what is cut off."""
 
 
 class FitPlan(Frozen):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from infra.plan.capacity import Pool, plan_rungs, plan_zones
 from infra.plan.ledger import gib
-from infra.plan.model import PoolPlan, SlotPlan
+from infra.plan.model import PoolPlan, SchedulePlan, SlotPlan
 from infra.plan.nodes import GB, Misfit, NodeChoice, Packing, cheapest, counted, disk_bytes, engines
 from infra.plan.packing import Demand, fewest_nodes, fewest_unlike_nodes, per_node
 from infra.plan.timings import min_healthy_percent
@@ -84,7 +84,21 @@ def place(  # noqa: PLR0913, PLR0917 - everything that a pool depends on
         volume_bytes=best.volume_bytes,
         min_healthy_percent=min_healthy_percent(best.nodes),
         usd_per_hour=best.nodes * rungs[0].usd_per_hour,
+        schedule=_schedule(pool, best.nodes),
     )
+
+
+def _schedule(pool: Pool, nodes: int) -> SchedulePlan | None:
+    wanted = pool.wanted.schedule
+    if wanted is None:
+        return None
+    plan = SchedulePlan(days=wanted.days, start=wanted.from_, end=wanted.to, time_zone=wanted.time_zone)
+    models = ", ".join(f"`{demand.model}`" for demand in pool.demands)
+    pool.note("schedule", f"outside of these hours, {1 - plan.share:.0%} of a week, nothing serves {models}")
+    pool.because(
+        "schedule", f"{counted(nodes, 'node')} for {plan.share * 168:g} of 168 hours", "written in the stack file"
+    )
+    return plan
 
 
 def place_on_cluster(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from infra.catalog import gpus as catalog_gpus
 from infra.catalog import hosted_prices, vllm_cpu
 from infra.catalog import instances as catalog_instances
+from infra.catalog.charges import charges
 from infra.catalog.efficiency import efficiency
 from infra.catalog.gpu_start import gpu_start
 from infra.catalog.memory import memory_catalog
@@ -121,7 +122,7 @@ def _on_gpus(  # noqa: PLR0913, PLR0917 - what a plan is made of
         benchmarks=benchmarks,
     )
     others = hosted(hosted_prices(), config.prices.hosted)
-    return GpuPlanner(stack, config, world, services(), others, engine.version, ledger).plan()
+    return GpuPlanner(stack, config, world, services(), charges(), others, engine.version, ledger).plan()
 
 
 def _region(region: str | None, instances: Mapping[str, Instance], ledger: Ledger) -> str:

@@ -168,7 +168,7 @@ def gateway(plan: FleetPlan, layout: Layout) -> Bundle:
 
 
 def _on_aws(plan: FleetPlan, layout: Layout) -> Iterator[Program]:
-    """What a gateway on AWS needs beside HAProxy: who the engines are, and where they count together who the others."""
+    """What a gateway on AWS runs beside HAProxy: who the engines are, who the other gateways are; what pools climb."""
     if plan.region is None:
         return
     if plan.gateway.srv:
@@ -182,6 +182,8 @@ def _on_aws(plan: FleetPlan, layout: Layout) -> Iterator[Program]:
     if _together(plan):
         room, port = plan.gateway.gateways, plan.gateway.peers_port
         yield helper("peers", layout, {"region": plan.region, "stack": plan.stack, "room": room, "port": port})
+    if plan.on_aws and plan.on_aws.ladders:
+        yield helper("ladder", layout, {"region": plan.region, "ladders": plan.on_aws.ladders})
 
 
 def _together(plan: FleetPlan) -> range:

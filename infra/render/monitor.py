@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from infra.paths import NODECONFIG
+from infra.plan.aws import EXPORTER_PORTS
 from infra.plan.model import EnginePlan, FleetPlan
 from infra.render.bundle import Bundle, Layout, Program, templates
 
+DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
+"""As Alertmanager names them."""
+
 LOOPBACK = "127.0.0.1"
 
-EXPORTERS = (("machine", 9100), ("gpu", 9400))
-"""Jobs of what images/ puts on engine nodes: node exporter and DCGM exporter, at their usual ports."""
+EXPORTERS = dict(zip(("machine", "gpu"), EXPORTER_PORTS, strict=True))
+"""Jobs of what images/ puts on machines: node exporter on all, DCGM exporter on those with GPUs."""
+XIDS_OF_PROGRAMS = (13, 31, 43, 45, 68, 109)
+"""Xids that a program's own mistake gives: the GPU is well, and the engine that made it ends (NVIDIA's Xid catalog, and
+those that its device plugin for Kubernetes takes for no fault of the GPU; 2026-11)."""
 
 PERCENTILE_WINDOWS = 10
 """Alert windows that a rate or a percentile is taken over: enough requests for a 95th percentile to mean something."""
@@ -20,6 +30,45 @@ PERCENTILE_WINDOWS = 10
 
 Slot = tuple[str, EnginePlan]
 """Name of a pool, and an engine that each of its nodes has."""
+
+
+@dataclass(frozen=True)
+class MachineLimits:
+    """When a machine of a cloud is in need of somebody. Times in seconds, parts of a whole as fractions."""
+
+    starting_s: int
+    """A new machine may be without exporters, and fill its disk, for as long as its start may take."""
+    gpus: Mapping[str, int]
+    """Pool to the GPUs of each of its nodes."""
+    gpu_missing_s: int
+    """Ten alert windows: the exporter starts anew when the driver does."""
+    disk_filling: float = 0.15
+    disk_horizon_s: int = 4 * 3600
+    disk_window_s: int = 6 * 3600
+    """With less than that part free, and full within the horizon if it goes on as in the window: as the mixin of
+    node-exporter, critical (2026-11)."""
+    disk_full: float = 0.03
+    """Likewise, however slowly."""
+    clock_s: float = 0.05
+    clock_unknown_s: int = 16
+    clock_window_s: int = 300
+    """An offset that does not shrink; or nobody corrects it, and the kernel has given up to say how far off it may be:
+    as the same mixin. Far below the 300 s that AWS allows."""
+    oom_window_s: int = 3600
+    ecc_window_s: int = 24 * 3600
+    """For so long what happened once is told."""
+    xids_of_programs: tuple[int, ...] = XIDS_OF_PROGRAMS
+
+
+def machine_limits(plan: FleetPlan) -> MachineLimits | None:
+    """Those of a plan; None where machines are the user's own, or another's."""
+    if plan.aws is None:
+        return None
+    return MachineLimits(
+        starting_s=plan.aws.launch_hook_s,
+        gpus={pool.name: pool.gpus_per_node for pool in plan.pools},
+        gpu_missing_s=PERCENTILE_WINDOWS * plan.timings.alert_window_s,
+    )
 
 
 def monitor(plan: FleetPlan, layout: Layout, slots: Sequence[Slot] = ()) -> Bundle:
@@ -86,13 +135,38 @@ def monitor(plan: FleetPlan, layout: Layout, slots: Sequence[Slot] = ()) -> Bund
     return Bundle(role="monitor", programs=tuple(programs))
 
 
+def _hours(plan: FleetPlan) -> list[dict[str, Any]]:
+    """Pools that have their nodes in some hours alone, as Alertmanager names these.
+
+    `ready` is when their engines have to be there: a machine boots and loads a model first.
+    """
+    booting = math.ceil((plan.aws.launch_hook_s if plan.aws else 0) / 60)
+    found = []
+    for pool in plan.pools:
+        if hours := pool.schedule:
+            on = [DAYS[day] for day in hours.days]
+            found.append(
+                {
+                    "name": f"pool-{pool.name}-has-no-nodes",
+                    "models": "|".join(re.escape(model) for model, _ in pool.engines),
+                    "zone": hours.time_zone,
+                    "on": on,
+                    "off": [day for day in DAYS if day not in on],
+                    "ready": hours.later(hours.start, booting),
+                    "end": hours.end,
+                }
+            )
+    return found
+
+
 def _render(plan: FleetPlan, name: str, slots: Sequence[Slot] = ()) -> str:
-    own_image = plan.on_aws is not None and plan.on_aws.engine_image is not None
     values: dict[str, Any] = {
         "region": plan.region,
         "slots": slots,
-        "exporters": EXPORTERS if own_image else (),
+        "exporters": EXPORTERS,
+        "limits": machine_limits(plan),
         "stack": plan.stack,
+        "hours": _hours(plan),
         "models": plan.models,
         "engines": plan.engines,
         "gateway": plan.gateway,

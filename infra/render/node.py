@@ -25,6 +25,8 @@ FIRST_UNIT = "fleet-boot.service"
 """Comes with the user data, as it gets the others."""
 UNPACK = "unpack"
 """Step of images/components/fleet.yaml."""
+HEARTBEAT_S = 120
+"""What machines take the hooks' time-outs for: they say that they live in time for the shortest there is."""
 FIRST_PORT = 8000
 """Of the engine in the first slot."""
 VERIFIED = ".verified.json"
@@ -63,7 +65,10 @@ def engine_bundle(plan: FleetPlan, pool: PoolPlan, lock: WeightsLock, cloud: Clo
     entries = sorted({plan.model(slot.model).weights for slot in pool.slots})
     places = {name: _place(name, lock, cloud) for name in entries}
     programs = engine.programs(plan, cloud.layout(plan, places), engines(plan, pool), EVERYWHERE)
-    node = {**_node(), "weights.json": _json({"entries": [_entry(name, lock, places[name]) for name in entries]})}
+    node = {
+        **_node(plan, plan.timings.drain_s),
+        "weights.json": _json({"entries": [_entry(name, lock, places[name]) for name in entries]}),
+    }
     return Bundle("engine", programs, node)
 
 
@@ -89,7 +94,7 @@ def _engine(kind: EngineSetPlan, index: int, gpus: str) -> EnginePlan:
 def gateway_bundle(plan: FleetPlan) -> Bundle:
     """What each gateway runs."""
     bundle = gateway.gateway(plan, CloudLayout().layout(plan, {}))
-    return Bundle(bundle.role, bundle.programs, _node())
+    return Bundle(bundle.role, bundle.programs, _node(plan, plan.timings.gateway_stop_s))
 
 
 def monitor_bundle(plan: FleetPlan) -> Bundle:
@@ -97,7 +102,7 @@ def monitor_bundle(plan: FleetPlan) -> Bundle:
     layout = CloudLayout().layout(plan, {})
     slots = [(pool.name, it) for pool in plan.pools for it in engines(plan, pool)]
     bundle = monitor.monitor(plan, layout, slots)
-    return Bundle(bundle.role, (*bundle.programs, _sweep(plan, layout)), _node())
+    return Bundle(bundle.role, (*bundle.programs, _sweep(plan, layout)), _node(plan, plan.timings.gateway_stop_s))
 
 
 def _sweep(plan: FleetPlan, layout: Layout) -> Program:
@@ -113,11 +118,26 @@ def split(bundle: Bundle) -> tuple[dict[str, str], dict[str, str]]:
     return {path: text for path, text in files.items() if path not in secret}, secret
 
 
-def _node() -> dict[str, str]:
-    """What a machine has beside its programs: units, the agent's package, the process manager's configuration."""
+def _node(plan: FleetPlan, drain_s: int) -> dict[str, str]:
+    """What a machine has beside its programs: units, the agent's package, the process manager's configuration, timings.
+
+    Args:
+        plan: The plan.
+        drain_s: How long a drain waits at most.
+    """
     files = {f"agent/{path}": text for path, text in engine.agent_code().items()}
     files["machine/supervisord.conf"] = (NODECONFIG / "machine/supervisord.conf").read_text(encoding="utf-8")
     files["disk.sh"] = (BOOT / "disk.sh").read_text(encoding="utf-8")
+    if plan.aws:
+        timings = {
+            "launch_heartbeat_s": HEARTBEAT_S,
+            "terminate_heartbeat_s": HEARTBEAT_S,
+            "boot_limit_s": plan.aws.launch_hook_s,
+            "metadata_poll_s": plan.aws.metadata_poll_s,
+            "spot_drain_s": plan.aws.spot_drain_s,
+            "drain_s": drain_s,
+        }
+        files["timings.json"] = _json(timings)
     for unit in sorted([*BOOT.glob("*.service"), *BOOT.glob("*.target")]):
         if unit.name != FIRST_UNIT:
             files[f"units/{unit.name}"] = unit.read_text(encoding="utf-8")

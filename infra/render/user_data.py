@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from infra.paths import NODECONFIG
@@ -16,7 +15,10 @@ BOOT = NODECONFIG / "boot"
 
 @dataclass(frozen=True)
 class NodeSettings:
-    """What a machine has to know of itself. It holds only what rarely changes: another text means another machine."""
+    """What a machine has to know of itself. It holds nothing that follows from models: another text is another machine.
+
+    What does is in its bundle (`node/timings.json`), and in its pointer.
+    """
 
     stack: str
     role: Literal["engine", "gateway", "monitor"]
@@ -28,17 +30,6 @@ class NodeSettings:
     """Name of its Auto Scaling group; None: it has none."""
     launch_hook: str | None = "ready"
     terminate_hook: str | None = "drain"
-    launch_heartbeat_s: int = 600
-    terminate_heartbeat_s: int = 600
-    boot_limit_s: int = 600
-    """After so long a machine that is not ready is given up."""
-    metadata_poll_s: int = 5
-    spot_drain_s: int = 100
-    """How long a drain waits after a spot notice."""
-    drain_s: int = 600
-    """How long any other drain waits."""
-    services: Mapping[str, str] = field(default_factory=dict)
-    """Model to the id of its service in Cloud Map."""
     data_volume: str | None = None
     """Device of a volume that outlives the machine."""
     baked: bool = False
@@ -47,7 +38,7 @@ class NodeSettings:
 
 def user_data(node: NodeSettings) -> str:
     """The cloud-config of a machine; EC2 takes 16,384 bytes."""
-    settings = json.dumps(dataclasses.asdict(node), indent=1, sort_keys=True, default=dict) + "\n"
+    settings = json.dumps(dataclasses.asdict(node), indent=1, sort_keys=True) + "\n"
     files = {
         name: (BOOT / name).read_text(encoding="utf-8") for name in ("boot.py", "fleet-boot.service", "fleet-apply")
     }

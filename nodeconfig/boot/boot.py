@@ -28,6 +28,10 @@ PYTHON = Path("/opt/fleet/venv/bin/python")
 INSTALLED = Path("/opt/fleet/installed")
 """There once everything was installed that the image lacks."""
 INSTANCE = Path("/var/lib/cloud/data/instance-id")
+SERVICES = "services.json"
+"""Model to the id of its service in Cloud Map; of the pointer, for fleet-node."""
+BOOT_LIMIT_S = 600
+"""After so long a machine that does not even get its bundle is given up."""
 REFUSED = 78
 """EX_CONFIG of sysexits.h: systemd does not try again."""
 PAUSE_S = 3
@@ -60,6 +64,13 @@ class Node:
         name = f"/vllm-fleet/{self.facts['stack']}/{self.facts['machine']}"
         found: dict[str, Any] = json.loads(self.client("ssm").get_parameter(Name=name)["Parameter"]["Value"])
         return found
+
+    @staticmethod
+    def keep(pointer: dict[str, Any]) -> None:
+        """Note what the pointer says beside the bundle."""
+        fresh = ROOT / f".{SERVICES}"
+        fresh.write_text(json.dumps(pointer.get("services") or {}), encoding="utf-8")
+        fresh.replace(ROOT / SERVICES)
 
     def objects(self, key: str) -> Files:
         """The files in an object of the bucket."""
@@ -182,11 +193,12 @@ def until_booted() -> None:
         try:
             pointer = node.pointer()
             folder = node.bundle(pointer["bundle"], pointer.get("secrets") or ())
+            node.keep(pointer)
             node.runtime(pointer.get("runtime"))
         except Refused as error:
             why, final = str(error), True
         except Exception as error:  # noqa: BLE001 - whatever it is, another try or another machine is the answer
-            why, final = explain(error), time.monotonic() - began > node.facts["boot_limit_s"]
+            why, final = explain(error), time.monotonic() - began > BOOT_LIMIT_S
         else:
             link(folder)
             say(f"bundle {pointer['bundle'][:12]} is here")
@@ -218,7 +230,10 @@ def main() -> None:
     if sys.argv[1:2] == ["get"]:
         try:
             node = Node()
-            say(node.bundle(sys.argv[2], node.pointer().get("secrets") or ()))
+            pointer = node.pointer()
+            folder = node.bundle(sys.argv[2], pointer.get("secrets") or ())
+            node.keep(pointer)
+            say(folder)
         except Exception as error:  # noqa: BLE001 - boto3's, of many kinds
             sys.exit(explain(error))
         return

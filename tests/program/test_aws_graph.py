@@ -64,6 +64,40 @@ def test_machines_boot_when_what_they_read_is_there(monkeypatch: pytest.MonkeyPa
     assert {"Parameter gateway", "SecretVersion gateway"} <= graph.before("Group gateway")
 
 
+def test_what_models_change_moves_no_machine_by_its_template(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine that boots anew for it would be a GPU that has to be had again."""
+    was = graph_of(monkeypatch, tmp_path, "prod", config_of("prod", **NO_BUDGET))
+    config = config_of("prod", **NO_BUDGET)
+    models = config["vllm-fleet:models"]
+    models["quick"] = {**models.pop("fast"), "max-answer": 16000}
+    models["little"] = {"weights": "llama-3.1-8b-instruct", "pool": "l4", "context": 8192, "max-answer": 8000}
+    config["vllm-fleet:pools"]["l4"] = {"gpu": "l4-24gb", "zones": 2}
+    now = graph_of(monkeypatch, tmp_path, "prod", config)
+
+    told = dict(now.user_data())
+    assert {name: told[name] for name, _ in was.user_data()} == dict(was.user_data())
+    pointer = json.loads(now.one("Parameter", "engine-a100").inputs["insecureValue"])
+    assert pointer["services"] == {"quick": "engines-quick-id"}
+
+
+def test_a_pool_with_hours_is_told_them_and_its_size_is_theirs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = config_of("prod", **NO_BUDGET)
+    hours = {"days": "mon-fri", "from": "07:30", "to": "20:00", "time-zone": "Europe/Berlin"}
+    config["vllm-fleet:pools"]["a100"]["schedule"] = hours
+    graph = graph_of(monkeypatch, tmp_path, "prod", config)
+
+    group = graph.one("Group", "engine-a100-on-demand").inputs
+    assert (group["minSize"], group["maxSize"], group["desiredCapacity"]) == (0, 1, 1)
+    actions = {it.name: it.inputs for it in graph.of("Schedule")}
+    assert {
+        name: (it["recurrence"], it["timeZone"], it["desiredCapacity"], it["minSize"]) for name, it in actions.items()
+    } == {
+        "engine-a100-on-demand-start": ("30 7 * * 1,2,3,4,5", "Europe/Berlin", 1, -1),
+        "engine-a100-on-demand-end": ("0 20 * * 1,2,3,4,5", "Europe/Berlin", 0, -1),
+    }
+    assert graph.one("Group", "engine-h100-on-demand").inputs["minSize"] == 1
+
+
 def test_manual_rollout_has_no_associations(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     graph = graph_of(monkeypatch, tmp_path, "prod", config_of("prod", aws={"rollout": "manual"}))
     assert not graph.of("Association")
@@ -160,7 +194,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, note: Any) -> None:
 def test_the_outputs_say_how_to_use_it_and_what_it_costs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     exports = graph_of(monkeypatch, tmp_path, "prod", config_of("prod")).exports
     assert {"endpoint", "curl", "dashboards", "cost", "plan_digest", "plan", "rollout", "fill"} <= exports.keys()
-    assert exports["cost"]["total"] == "$77.28/h, $56,412 a month"
+    assert exports["cost"]["total"] == "$77.39/h, $56,493 a month"
     assert len(exports["plan_digest"]) == 64
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import subprocess
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -14,13 +15,13 @@ import pytest
 from ruamel.yaml import YAML
 
 from infra.paths import NODECONFIG
-from infra.plan.model import FleetPlan
+from infra.plan.model import FleetPlan, SchedulePlan
 from infra.planning import plan_stack_file
 from infra.render import node
 from infra.render.bundle import Bundle
 from infra.render.user_data import NodeSettings, user_data
 from infra.weights.lock import WeightsLock, load
-from tests.render.gateways import tool
+from tests.render.gateways import tool, until
 from tests.render.plans import KEYS
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -116,6 +117,43 @@ def test_prometheus_takes_it(plan: FleetPlan, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_alertmanager_is_silent_about_a_pool_outside_of_its_hours(plan: FleetPlan, tmp_path: Path, ports: Any) -> None:
+    hours = SchedulePlan(days=(0, 1, 2, 3, 4), start="07:00", end="20:00", time_zone="Europe/Berlin")
+    pool = plan.pools[0].model_copy(update={"schedule": hours})
+    scheduled = plan.model_copy(update={"pools": (pool, *plan.pools[1:])})
+    program = next(it for it in node.monitor_bundle(scheduled).programs if it.name == "alertmanager")
+    text = program.files["alertmanager.yml"]
+    said = YAML(typ="safe").load(text)
+    assert [route["matchers"][0] for route in said["route"]["routes"]] == ["alertname = NoReadyEngine"]
+    (muted,) = said["time_intervals"]
+    assert muted["time_intervals"][0] == {"weekdays": ["saturday", "sunday"], "location": "Europe/Berlin"}
+    night, evening = muted["time_intervals"][1]["times"]
+    assert night["end_time"] > "07:00"  # engines are loading then
+    assert evening == {"start_time": "20:00", "end_time": "24:00"}
+    (tmp_path / "it.yml").write_text(text)
+    port = ports()
+    ports.stack.close()  # Alertmanager does not share it
+    command = [str(tool("alertmanager")), f"--config.file={tmp_path / 'it.yml'}", f"--storage.path={tmp_path}"]
+    command += [f"--web.listen-address=127.0.0.1:{port}", "--cluster.listen-address="]
+    with (
+        (tmp_path / "log").open("wb") as log,
+        subprocess.Popen(command, stdout=log, stderr=log) as process,
+    ):
+        try:
+            until("Alertmanager takes it", lambda: process.poll() is not None or _ready(port))
+            assert process.poll() is None, (tmp_path / "log").read_text()
+        finally:
+            process.terminate()
+
+
+def _ready(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/-/ready", timeout=5) as answer:
+            return int(answer.status) == 200
+    except OSError:
+        return False
+
+
 def test_every_engine_of_a_pool_is_scraped_by_its_own_name(plan: FleetPlan) -> None:
     program = next(it for it in node.monitor_bundle(plan).programs if it.name == "prometheus")
     jobs = {job["job_name"]: job for job in YAML(typ="safe").load(program.files["prometheus.yml"])["scrape_configs"]}
@@ -135,7 +173,6 @@ def settings(**more: Any) -> NodeSettings:
         "region": "us-east-1",
         "bucket": "fleet-prod-0123456789",
         "group": "fleet-prod-engine-h100-on-demand",
-        "services": {"chat": "srv-0123456789abcdef"},
     }
     return NodeSettings(**{**told, **more})
 
@@ -146,13 +183,12 @@ def test_user_data_is_what_cloud_init_takes(golden: Callable[[Path, str], None])
     assert text.startswith("#cloud-config\n")
     files = {file["path"]: file["content"] for file in YAML(typ="safe").load(text)["write_files"]}
     assert files["/opt/fleet/bin/boot.py"] == (NODECONFIG / "boot/boot.py").read_text()
-    assert json.loads(files["/etc/fleet/node.json"])["services"] == {"chat": "srv-0123456789abcdef"}
     golden(GOLDEN / "aws-node.json", files["/etc/fleet/node.json"])
 
 
 def test_another_machine_is_other_user_data_and_the_same_one_is_not() -> None:
     assert user_data(settings()) == user_data(settings())
-    assert user_data(settings(services={"chat": "srv-1"})) != user_data(settings())
+    assert user_data(settings(group="another")) != user_data(settings())
 
 
 def test_a_machine_without_an_image_does_what_an_image_is_made_of(tmp_path: Path) -> None:

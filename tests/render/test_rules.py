@@ -13,14 +13,19 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from infra import weights
 from infra.paths import ROOT
-from infra.plan.model import Timings
-from infra.render.monitor import PERCENTILE_WINDOWS, monitor
+from infra.plan.model import FleetPlan, Timings
+from infra.planning import plan_stack_file
+from infra.render.monitor import PERCENTILE_WINDOWS, machine_limits, monitor
 from tests.render.gateways import tool
 from tests.render.plans import a_layout, a_plan
 
 PLAN = a_plan(("chat", "code"), timings={"stop_s": 45})
 T: Timings = PLAN.timings
+CLOUD: FleetPlan = plan_stack_file("prod", weights.load())
+"""Has the machines' alerts beside all others."""
+LIMITS = machine_limits(CLOUD)
 PAGES = ROOT / "runbooks" / "alerts"
 
 ENGINE = 'engine="chat-0",model="chat"'
@@ -138,33 +143,136 @@ CASES = [
 ]
 
 
+def on_machines() -> list[Case]:
+    """Of the alerts about machines of a cloud."""
+    assert LIMITS
+    later, node = LIMITS.starting_s + 60, {"node": "i-1"}
+    disk = 'job="machine",node="i-1",mountpoint="/",fstype="ext4"'
+    avail, size = (f"node_filesystem_{what}_bytes{{{disk}}}" for what in ("avail", "size"))
+    writable = {f"node_filesystem_readonly{{{disk}}}": "0x9999", size: "1000x9999"}
+    offset = 'node_timex_offset_seconds{job="machine",node="i-1"}'
+    synced = 'node_timex_sync_status{job="machine",node="i-1"}'
+    error = 'node_timex_maxerror_seconds{job="machine",node="i-1"}'
+    kills = 'node_vmstat_oom_kill{job="machine",node="i-1"}'
+    of_gpu = 'job="gpu",node="i-1",pool="h100"'
+    xid = f'DCGM_FI_DEV_XID_ERRORS{{{of_gpu},gpu="3"}}'
+    gpu, row = {"node": "i-1", "gpu": "3"}, f'{{{of_gpu},gpu="3"}}'
+    up = {f"up{{{of_gpu}}}": "1x9999"}
+    eight = {f'DCGM_FI_DEV_GPU_TEMP{{{of_gpu},gpu="{index}"}}': "40x9999" for index in range(8)}
+    seven = dict(list(eight.items())[:7])
+    missing, pool = LIMITS.gpu_missing_s, {"node": "i-1", "pool": "h100"}
+    exporter = 'up{job="machine",node="i-1",instance="10.0.0.1:9100"}'
+    return [
+        Case("ExporterDown", "it does not answer", {exporter: "0x9999"}, later, ({**node, "job": "machine"},)),
+        Case("ExporterDown", "of the GPUs", {f"up{{{of_gpu}}}": "0x9999"}, later, ({**node, "job": "gpu"},)),
+        Case("ExporterDown", "a node that starts", {exporter: "0x9999"}, LIMITS.starting_s - 60),
+        Case("ExporterDown", "another job is down", {"up{job='vllm'}": "0x9999"}, later),
+        Case(
+            "DiskFilling",
+            "full within hours",
+            {**writable, avail: "149-0.06x9999"},
+            later,
+            ({**node, "mountpoint": "/"},),
+        ),
+        Case(
+            "DiskFilling",
+            "nearly full, for good",
+            {**writable, avail: "25x9999"},
+            later,
+            ({**node, "mountpoint": "/"},),
+        ),
+        Case("DiskFilling", "small, and stays so", {**writable, avail: "100x9999"}, later),
+        Case("DiskFilling", "fast, with much room", {**writable, avail: "900-0.05x9999"}, later),
+        Case("DiskFilling", "weights come", {**writable, avail: lasting((100, 300), (20, 300), last=200)}, later),
+        Case(
+            "DiskFilling",
+            "read only",
+            {**writable, f"node_filesystem_readonly{{{disk}}}": "1x9999", avail: "9x9999"},
+            later,
+        ),
+        Case(
+            "DiskFilling",
+            "memory",
+            {k.replace("ext4", "tmpfs"): v for k, v in {**writable, avail: "9x9999"}.items()},
+            later,
+        ),
+        Case("ClockOff", "ahead", {offset: "0.06x9999"}, 1200, (node,)),
+        Case("ClockOff", "behind, and falling", {offset: "-0.06-0.001x9999"}, 1200, (node,)),
+        Case("ClockOff", "ahead, and corrected", {offset: "2-0.001x9999"}, 1200),
+        Case("ClockOff", "nobody corrects it", {synced: "0x9999", error: "16x9999"}, 1200, (node,)),
+        Case("ClockOff", "not yet", {synced: "0x9999", error: "1x9999"}, 1200),
+        Case("ClockOff", "right", {offset: "0.001x9999", synced: "1x9999", error: "0.1x9999"}, 1200),
+        Case("OutOfMemory", "a process was killed", {kills: lasting((0, 60), (1, 60))}, 120, (node,)),
+        Case("OutOfMemory", "long ago", {kills: lasting((0, 60), (1, 60))}, 120 + LIMITS.oom_window_s),
+        Case("OutOfMemory", "before this Prometheus", {kills: "3x9999"}, 600),
+        Case("GpuXid", "off the bus", {xid: "79x99"}, 60, (gpu,)),
+        *(Case("GpuXid", f"of a program: {one}", {xid: f"{one}x99"}, 60) for one in (13, 31, 43, 45, 68, 109)),
+        Case("GpuXid", "none", {xid: "0x99"}, 60),
+        Case("GpuMemoryErrors", "no row is left", {f"DCGM_FI_DEV_ROW_REMAP_FAILURE{row}": "1x99"}, 60, (gpu,)),
+        *(
+            case
+            for counter in ("UNCORRECTABLE_REMAPPED_ROWS", "ECC_DBE_VOL_TOTAL")
+            for series in (f"DCGM_FI_DEV_{counter}{row}",)
+            for case in (
+                Case("GpuMemoryErrors", f"{counter}: a new one", {series: lasting((2, 60), (3, 60))}, 120, (gpu,)),
+                Case("GpuMemoryErrors", f"{counter}: all of them old", {series: "2x99"}, 120),
+            )
+        ),
+        Case("GpuMissing", "one of eight", {**up, **seven}, missing + 60, (pool,)),
+        Case("GpuMissing", "all of them", up, missing + 60, (pool,)),
+        Case("GpuMissing", "none", {**up, **eight}, missing + 60),
+        Case("GpuMissing", "a moment ago", {**up, **seven}, missing - 60),
+        Case("GpuMissing", "nobody knows", {f"up{{{of_gpu}}}": "0x9999"}, missing + 60),
+    ]
+
+
+LOCAL_CASES = CASES
+CASES = [*LOCAL_CASES, *on_machines()]
+
+
 @pytest.fixture(scope="module")
 def rules(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The rendered rules."""
-    programs = {program.name: program for program in monitor(PLAN, a_layout()).programs}
-    file = tmp_path_factory.mktemp("rules") / "rules.yml"
+    """The rendered rules of a local stack."""
+    return rendered(PLAN, tmp_path_factory.mktemp("rules"))
+
+
+@pytest.fixture(scope="module")
+def cloud_rules(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Those of a stack on AWS."""
+    return rendered(CLOUD, tmp_path_factory.mktemp("rules"))
+
+
+def rendered(plan: FleetPlan, folder: Path) -> Path:
+    programs = {program.name: program for program in monitor(plan, a_layout()).programs}
+    file = folder / "rules.yml"
     file.write_text(programs["prometheus"].files["rules.yml"], encoding="utf-8")
     return file
 
 
-@pytest.fixture(scope="module")
-def alerts(rules: Path) -> dict[str, Any]:
-    """The alerting rules, by name."""
+def by_name(rules: Path) -> dict[str, Any]:
+    """The alerting rules of a file."""
     groups = YAML(typ="safe").load(rules)["groups"]
     found = [rule for group in groups for rule in group["rules"] if "alert" in rule]
     assert len({rule["alert"] for rule in found}) == len(found)
     return {rule["alert"]: rule for rule in found}
 
 
+@pytest.fixture(scope="module")
+def alerts(cloud_rules: Path) -> dict[str, Any]:
+    """All alerting rules, by name."""
+    return by_name(cloud_rules)
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.alert}: {case.what}")
-def test_alert(case: Case, rules: Path, alerts: Mapping[str, Any], tmp_path: Path) -> None:
+def test_alert(case: Case, rules: Path, cloud_rules: Path, alerts: Mapping[str, Any], tmp_path: Path) -> None:
+    file = rules if case in LOCAL_CASES else cloud_rules
     # The labels alone are compared: texts are for people, and tested below.
     names = ",".join(f'{name}="{value}"' for name, value in alerts[case.alert]["labels"].items())
     by = ",".join(sorted({"alertname"}.union(*case.fires)))
     expression = f'sum by ({by}) (ALERTS{{alertname="{case.alert}",alertstate="firing",{names}}})'
     expected = [{"labels": _series({"alertname": case.alert, **labels}), "value": 1} for labels in case.fires]
     document = {
-        "rule_files": [str(rules)],
+        "rule_files": [str(file)],
         "evaluation_interval": f"{T.scrape_s}s",
         "tests": [
             {
@@ -174,14 +282,19 @@ def test_alert(case: Case, rules: Path, alerts: Mapping[str, Any], tmp_path: Pat
             }
         ],
     }
-    file = tmp_path / "test.yml"
-    file.write_text(json.dumps(document), encoding="utf-8")
-    done = subprocess.run([tool("promtool"), "test", "rules", file], capture_output=True, text=True, check=False)
+    tests = tmp_path / "test.yml"
+    tests.write_text(json.dumps(document), encoding="utf-8")
+    done = subprocess.run([tool("promtool"), "test", "rules", tests], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def _series(labels: Labels) -> str:
     return "{" + ",".join(f"{name}={json.dumps(value)}" for name, value in labels.items()) + "}"
+
+
+def test_a_local_stack_has_no_alerts_about_machines(rules: Path, alerts: Mapping[str, Any]) -> None:
+    assert by_name(rules).keys() == {case.alert for case in LOCAL_CASES}
+    assert alerts.keys() - by_name(rules).keys() == {case.alert for case in on_machines()}
 
 
 def test_every_alert_is_seen_to_fire_and_to_stay_quiet(alerts: Mapping[str, Any]) -> None:

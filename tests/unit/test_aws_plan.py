@@ -59,11 +59,14 @@ def test_a_zone_that_is_added_moves_no_other() -> None:
     assert set(one) < set(two)
 
 
-def test_gateways_are_in_two_zones_even_if_the_nodes_are_in_one() -> None:
-    aws = on_aws()
-    assert len(aws.network.zones) == len(aws.gateway.zones) == 2
-    assert all(len(group.zones) == 1 for group in aws.groups)
-    assert len(on_aws(gateway={"hosts": 1}).network.zones) == 1
+def test_gateways_are_in_the_same_two_zones_wherever_the_nodes_are() -> None:
+    pools = [{"gpus": {"gpu": "h100-80gb", "zones": zones}} for zones in (1, 2, 3)]
+    plans = [on_aws(), on_aws(gateway={"hosts": 1}), *(on_aws(pools=it) for it in pools)]
+    assert {aws.gateway.zones for aws in plans} == {("use1-az4", "use1-az6")}
+    assert {aws.monitor.zones for aws in plans} == {("use1-az4",)}
+    for aws in plans:
+        used = {zone for group in aws.groups for zone in group.zones}
+        assert {zone.zone for zone in aws.network.zones} == used | {"use1-az4", "use1-az6"}
 
 
 # Groups

@@ -10,13 +10,26 @@ from hypothesis import strategies as st
 
 from infra import show_cost
 from infra.catalog import hosted_prices, instances
+from infra.catalog.charges import charges
 from infra.catalog.services import Service, services
 from infra.config import BudgetConfig, HostedPriceConfig, TrafficConfig
 from infra.plan.budget import check_budget
-from infra.plan.cost import Rented, Served, Traffic, host_rent, note_overload, plan_cost, pool_rent, priced
+from infra.plan.cost import (
+    Charged,
+    Fall,
+    Rented,
+    Served,
+    Traffic,
+    fall,
+    host_rent,
+    note_overload,
+    plan_cost,
+    pool_rent,
+    priced,
+)
 from infra.plan.hosted import Hosted, SelfHosted, break_even, hosted
 from infra.plan.ledger import Ledger
-from infra.plan.model import CostPlan, HostedCost
+from infra.plan.model import CostPlan, HostedCost, RungPlan
 from infra.plan.money import usd
 from infra.plan.traffic import request_tokens, requests_per_month
 from tests.unit.costs import GATEWAY, H100, MONITOR, pool, served, speed, text
@@ -25,6 +38,9 @@ MID = Hosted("a/mid", "large", 1.0, 5.0, "list, 2026-11")
 LOW = Hosted("b/low", "small", 0.5, 5.0, "list, 2026-11")
 LEAST = Hosted("c/least", "small", 0.1, 2.0, "list, 2026-11")
 FREE = Hosted("d/free", "", 0.0, 0.0, "prices.hosted.d/free")
+
+
+DISKS = Charged("all disks", "300 GB", 0.5, "us-east-1, 2026-11")
 
 
 def fleet(*others: Hosted) -> CostPlan:
@@ -75,6 +91,21 @@ def test_a_fleet_is_the_sum_of_its_machines() -> None:
     assert cost.usd_per_month == pytest.approx(80_562.80)
     assert [(line.name, line.count) for line in cost.lines] == [("h100", 2), ("gateway", 2), ("monitor", 1)]
     assert [line.usd_per_hour for line in cost.lines] == pytest.approx([110.08, 0.18, 0.10])
+
+
+def test_what_is_charged_beside_machines_is_a_line_and_divided_among_the_models() -> None:
+    pools = [Rented("p", "i", 1, 3.0, "", gpus=8), Rented("q", "i", 1, 1.0, "", gpus=8)]
+    cost = plan_cost(pools, [served("a", "p"), served("b", "q")], [], charged=[DISKS], by_use=["data ($0.09/GB)"])
+    line = cost.lines[-1]
+    assert (line.name, line.what, line.count, line.usd_per_hour) == ("all disks", "300 GB", 0, 0.5)
+    assert cost.usd_per_hour == pytest.approx(4.5)
+    # a has 3/4 of the pools: 3 + 0.375.
+    assert [it.usd_per_hour for it in cost.models] == pytest.approx([3.375, 1.125])
+    said = " ".join(cost.assumptions)
+    assert "all disks" in said
+    assert "Machines only" not in said
+    assert "not counted: data ($0.09/GB)." in said
+    assert "Machines only" in " ".join(plan_cost(pools, [served(pool="p")], []).assumptions)
 
 
 def test_capacity_and_tokens_of_one_model() -> None:
@@ -271,6 +302,29 @@ def test_a_pool_is_paid_at_its_first_rung() -> None:
     assert pool_rent(pool(usd_per_hour=None)) is None
 
 
+def rung(kind: str, usd_per_hour: float) -> RungPlan:
+    return RungPlan.model_validate(
+        {"kind": kind, "id": None, "instances": ["g6.xlarge"], "zones": [], "usd_per_hour": usd_per_hour, "basis": ""}
+    )
+
+
+def test_what_later_rungs_cost() -> None:
+    spot, dear, block = rung("spot", 0.5), rung("on-demand", 0.8), rung("capacity-block", 0.8)
+    # Three nodes at 0.80 rather than 0.50.
+    spot_first = fall([pool(rungs=(spot, dear))])
+    assert (spot_first.certainty, spot_first.dearest) == ("at most", (("l4", "on-demand"),))
+    assert spot_first.more_usd_per_hour == pytest.approx(0.9)
+    assert fall([pool(rungs=(dear, spot), usd_per_hour=2.4)]) == Fall()
+    assert fall([pool(rungs=(spot,)), pool(rungs=(block,), usd_per_hour=2.4)]) == Fall("about")
+    assert fall([pool(rungs=())]) == Fall()
+    cost = plan_cost([H100], [served()], [], fall=Fall("at most", 0.9, (("l4", "on-demand"),)))
+    assert cost.usd_per_hour == pytest.approx(110.08)
+    assert cost.dearest_usd_per_hour == pytest.approx(110.98)
+    # 110.08 x 730 = 80,358.40; 110.98 x 730 = 81,015.40
+    assert show_cost.headline(cost) == "at most $80,358 a month, $110.08/h; $81,015 a month with l4 from on-demand"
+    assert "with l4 from on-demand" in text(show_cost.cost(cost, explain=False))
+
+
 def test_gateways_and_the_monitor_have_prices() -> None:
     rows = {"c7i.large": Service(use="gateway", usd_per_hour={"us-east-1": 0.09}, source="list", date="2026-11")}
     assert host_rent("gateway", 2, "us-east-1", rows) == Rented(
@@ -281,7 +335,8 @@ def test_gateways_and_the_monitor_have_prices() -> None:
 
 
 def test_the_catalog_has_a_gateway_and_a_monitor_in_every_region() -> None:
-    for region in ("us-east-1", "eu-west-1"):
+    for region in {name for row in instances().values() for name in row.usd_per_hour}:
+        assert all(region in row.usd for row in charges().values())
         assert host_rent("gateway", 1, region, services())
         assert host_rent("monitor", 1, region, services())
 
@@ -367,14 +422,26 @@ def test_within_the_budget() -> None:
     assert not refusals(budget(), [H100], [served(engines=16)])
 
 
-def test_a_budget_that_only_spot_keeps_is_said() -> None:
+def test_a_budget_that_only_the_first_rungs_keep_is_said() -> None:
     ledger, models = Ledger([]), [served(engines=16)]
-    cost = plan_cost([H100], models, [])
-    check_budget(cost, budget(120), [H100], models, ledger, dearest=130.0)
+    cost = plan_cost([H100], models, [], fall=Fall("at most", 19.92, (("h100", "on-demand"),)))
+    check_budget(cost, budget(120), [H100], models, ledger)
     assert not ledger.findings
-    assert "is kept on spot; on demand the fleet costs $130.00/h, $10.00 over" in str(ledger.notices)
-    check_budget(cost, budget(130), [H100], models, quiet := Ledger([]), dearest=130.0)
+    # 2 x 55.04 + 19.92 = 130.00
+    assert "with `h100` from on-demand the fleet costs $130.00/h, $10.00 over" in str(ledger.notices)
+    check_budget(cost, budget(130), [H100], models, quiet := Ledger([]))
     assert not quiet.notices
+
+
+def test_what_is_charged_beside_machines_counts_in_the_budget() -> None:
+    ledger, models = Ledger([]), [served(engines=16)]
+    cost = plan_cost([H100, GATEWAY], models, [], charged=[DISKS])
+    # 2 x 55.04 + 0.18 + 0.50 = 110.76; with one node instead of two 55.72.
+    check_budget(cost, budget(110.3), [H100, GATEWAY], models, ledger)
+    (found,) = ledger.findings
+    assert found.problem == "the fleet costs $110.76/h, $0.46 over"
+    check_budget(cost, budget(50), [H100, GATEWAY], models, other := Ledger([]))
+    assert "($55.72 with one engine of each)" in other.findings[0].fix
 
 
 def test_over_the_budget_by_the_hour() -> None:
@@ -464,7 +531,7 @@ def test_a_fix_that_is_named_is_enough(a: int, b: int, gpus: int, node: float, l
 def test_costs_are_shown() -> None:
     cost = fleet(LEAST, LOW, MID)
     short, long = text(show_cost.cost(cost, explain=False)), text(show_cost.cost(cost, explain=True))
-    for words in ("p5.48xlarge", "$110.36", "$80,563 a month", "2%", "$16.11", "$322.25", "estimate ±30 %", "$2,000"):
+    for words in ("p5.48xlarge", "$110.36", "$80,563", "2%", "$16.11", "$322.25", "estimate ±30 %", "$2,000"):
         assert words in short
     assert "a/mid" in short
     assert "c/least" in short

@@ -11,6 +11,7 @@ import yaml
 from infra import weights
 from infra.paths import ROOT
 from infra.plan.model import FleetPlan
+from infra.plan.money import per_month, usd
 from infra.planning import plan_stack_file
 
 PAGE = ROOT / "docs" / "aws.md"
@@ -31,7 +32,7 @@ def rows(plan: FleetPlan) -> list[str]:
     """A stack's lines of the table."""
     assert plan.cost
     lines = [
-        f"| {plan.stack} | {line.name} | {line.count} x {line.instance} | ${line.usd_per_hour:.2f} |  |"
+        f"| {plan.stack} | {line.name} | {line.what} | {usd(line.usd_per_hour)} | {usd(per_month(line.usd_per_hour))} |"
         for line in plan.cost.lines
     ]
     total = f"| **{plan.stack}** | all |  | **${plan.cost.usd_per_hour:.2f}** | **${plan.cost.usd_per_month:,.0f}** |"
@@ -40,7 +41,7 @@ def rows(plan: FleetPlan) -> list[str]:
 
 def table() -> str:
     lock = weights.load()
-    head = ["| stack | part | machines | an hour | a month |", "|---|---|---|---|---|"]
+    head = ["| stack | part | of | an hour | a month |", "|---|---|---|---|---|"]
     return "\n".join([*head, *(row for name in stacks() for row in rows(plan_stack_file(name, lock))), ""])
 
 

@@ -342,7 +342,7 @@ def test_what_is_remarkable_about_a_ladder(capacity: list[Any], said: str) -> No
 
 
 def test_a_good_ladder_needs_no_words() -> None:
-    capacity = [{"reservation": "cr-0123456789abcdef0"}, {"spot": 0.6}, "on-demand"]
+    capacity = [{"reservation": "cr-0123456789abcdef0", "zone": "use1-az1"}, {"spot": 0.6}, "on-demand"]
     assert "capacity" not in notes(placed(demand(engines=2), capacity=capacity)[1])
 
 

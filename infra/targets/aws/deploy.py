@@ -11,6 +11,7 @@ import pulumi
 import pulumi_aws as aws
 
 from infra.plan.model import FleetPlan
+from infra.plan.money import usd
 from infra.render import node
 from infra.render.bundle import Bundle
 from infra.targets.aws import images, nodes
@@ -21,7 +22,6 @@ from infra.targets.aws.fill import Fill
 from infra.targets.aws.firewall import Firewall
 from infra.targets.aws.gateway import Balancer, Gateways
 from infra.targets.aws.identity import Account, MachineRole, Rights
-from infra.targets.aws.ladder import Ladder, ladders
 from infra.targets.aws.machines import Look
 from infra.targets.aws.monitor import Monitor
 from infra.targets.aws.network import Network
@@ -87,28 +87,28 @@ class _Fleet:
         watching = Monitor("monitor", site, place, look, bucket, [*ways_out, monitor])
         self.rollout.move("monitor", monitor.digest, stop_s, site.tags("monitor"), [monitor])
 
-        groups: list[pulumi.Resource] = []
         for pool in plan.pools:
             machine = nodes.machine_name(pool.name)
             tags = site.tags("engine", pool.name)
-            runs = self._runs(machine, "engine", node.engine_bundle(plan, pool, self.lock, node.CloudLayout()), tags)
+            bundle = node.engine_bundle(plan, pool, self.lock, node.CloudLayout())
+            services = discovery.ids(sorted({slot.model for slot in pool.slots}))
+            runs = self._runs(machine, "engine", bundle, tags, services)
             look = self._look(machine, "engine", runs, pool.volume_bytes, pool.name, discovery)
-            groups += nodes.Pool(pool, site, place, look, discovery, bucket, [*ways_out, runs]).groups
+            nodes.Pool(pool, site, place, look, bucket, [*ways_out, runs])
             one = plan.timings.drain_s + plan.timings.stop_s + plan.timings.start_s
             self.rollout.move(machine, runs.digest, one * max(1, len(pool.slots)), tags, [runs, *moved])
         if site.aws.bake:
             subnet = next(iter(place.private.values()))
             bakery = Bakery("images", site, self.account, self.cache, subnet, firewall["builder"])
             pulumi.export("images", bakery.commands)
-        if ladders(site):
-            Ladder("ladder", site, self.account, groups)
         pulumi.export("fill", fill.command)
         self._outputs(balancer, watching)
 
-    def _runs(self, machine: str, role: str, bundle: Bundle, tags: dict[str, str]) -> Runs:
+    def _runs(self, machine: str, role: str, bundle: Bundle, tags: dict[str, str], services: Any = None) -> Runs:
         public, secret = node.split(bundle)
         baked = getattr(self.site.aws, f"{role}_image") is not None
-        return Runs(machine, self.site, self.cache, bundle, public, secret, None if baked else self.runtime, tags)
+        runtime = None if baked else self.runtime
+        return Runs(machine, self.site, self.cache, bundle, public, secret, runtime, tags, services)
 
     def _runtime(self) -> tuple[str, list[pulumi.Resource]]:
         """What machines without an image of their own install: its digest, and where it is kept."""
@@ -134,6 +134,8 @@ class _Fleet:
             statements += [*rights.groups([str(site.aws.gateway.group)], keep=False), rights.find_engines()]
             if site.plan.gateway.peers_port:
                 statements += rights.count_together()
+            if site.aws.ladders:
+                statements += rights.climb()
         if role == "monitor":
             statements += [rights.find_machines(), *rights.strike(self.discovery)]
         if pool and discovery:
@@ -155,9 +157,7 @@ class _Fleet:
         pulumi.export("dashboards", self._dashboards(monitor))
         pulumi.export("rollout", self.rollout.command)
         if plan.cost:
-            lines = {
-                line.name: f"{line.count} x {line.instance} ${line.usd_per_hour:.2f}/h" for line in plan.cost.lines
-            }
+            lines = {line.name: f"{line.what} {usd(line.usd_per_hour)}/h" for line in plan.cost.lines}
             month = f"${plan.cost.usd_per_month:,.0f} a month"
             pulumi.export("cost", {**lines, "total": f"${plan.cost.usd_per_hour:.2f}/h, {month}"})
         pulumi.export("plan_digest", plan.digest)

@@ -33,7 +33,8 @@ class Balancer(Part):
             "endpoint",
             load_balancer_type="network",
             internal=not plan.public,
-            subnets=list((place.public if plan.public else place.private).values()),
+            # Of zones that stay: one that leaves a zone is another one, with another name.
+            subnets=list(place.public.values()) if plan.public else place.subnets(site.aws.gateway.zones),
             security_groups=[firewall["balancer"]],
             enable_cross_zone_load_balancing=True,
             tags=site.tags("balancer"),
@@ -140,7 +141,7 @@ class Gateways(Part):
             "gateway",
             site,
             look,
-            bucket.apply(lambda it: settings(site, "gateway", "gateway", plan.group, it, {})),
+            bucket.apply(lambda it: settings(site, "gateway", "gateway", plan.group, it)),
             plan.instance,
             self.within(),
             site.tags("gateway"),

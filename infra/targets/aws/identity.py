@@ -170,6 +170,18 @@ class Rights:
             found.append(allow(["autoscaling:DescribeAutoScalingGroups"], "*"))  # has no resource
         return found
 
+    def climb(self) -> list[dict[str, Any]]:
+        """Gateways: ask later rungs of a ladder for what earlier ones cannot get.
+
+        The first rung and the limits of all, by which a pool has its size, are not theirs to change.
+        """
+        later = [self.account.group(name) for names in self.site.aws.ladders for name in names[1:]]
+        return [
+            # These two have no resource.
+            allow(["autoscaling:DescribeAutoScalingGroups", "autoscaling:DescribeScalingActivities"], "*"),
+            allow(["autoscaling:SetDesiredCapacity"], later),
+        ]
+
     @staticmethod
     def secret(arn: pulumi.Input[str]) -> dict[str, Any]:
         """Read one secret."""

@@ -10,14 +10,13 @@ from typing import Any
 import pulumi
 import pulumi_aws as aws
 
+from infra.render.machines import LAUNCH, TERMINATE
 from infra.render.user_data import NodeSettings, user_data
 from infra.targets.aws.images import Image
 from infra.targets.aws.site import Site, gib
 
 METADATA: Any = {"http_endpoint": "enabled", "http_tokens": "required", "http_put_response_hop_limit": 1}
 """Tokens only, and no further than the machine itself: nothing that is tricked into a request gets the role's keys."""
-LAUNCH, TERMINATE = "ready", "drain"
-"""Names of the hooks."""
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class Monitor(Part):
             zone = aws.ec2.get_subnet(id=site.aws.network.subnets[0]).availability_zone
         else:
             zone = aws.get_availability_zone(zone_id=plan.zones[0]).name
-        told = bucket.apply(lambda it: settings(site, "monitor", "monitor", None, it, {}, data_volume=DEVICE))
+        told = bucket.apply(lambda it: settings(site, "monitor", "monitor", None, it, data_volume=DEVICE))
         metadata: Any = {**machines.METADATA, "instance_metadata_tags": "enabled"}
         root: Any = {**machines.root_volume(look), "tags": look.tags}
         self.instance = aws.ec2.Instance(

@@ -1,4 +1,4 @@
-"""The network: zones with a private and a public subnet each, ways out, and endpoints of AWS inside."""
+"""The network: a private subnet in each zone, public ones where the front is, ways out, and endpoints of AWS inside."""
 
 from __future__ import annotations
 
@@ -7,13 +7,9 @@ from dataclasses import dataclass
 import pulumi
 import pulumi_aws as aws
 
+from infra.plan.aws import INTERFACES
 from infra.targets.aws.site import Part, Site, allow, policy, trust
 
-INTERFACES = (
-    *("ssm", "ssmmessages", "ec2messages", "secretsmanager", "kms"),
-    *("autoscaling", "servicediscovery", "ec2", "logs"),
-)
-"""Services that machines ask; S3 has an endpoint of its own kind."""
 FLOW_LOG_DAYS = 30
 ANYWHERE = "0.0.0.0/0"
 
@@ -27,6 +23,7 @@ class Place:
     private: dict[str, pulumi.Input[str]]
     """Subnets by zone; those of a VPC that is there already by their own ids."""
     public: dict[str, pulumi.Input[str]]
+    """In the zones of the gateways: for a public load balancer, and the way out."""
     routes: tuple[pulumi.Input[str], ...]
     """Route tables of the private subnets that are made."""
 
@@ -67,6 +64,8 @@ class Network(Part):
         public: dict[str, pulumi.Input[str]] = {}
         for zone in self.plan.zones:
             for kind, subnets, cidr in (("private", private, zone.private), ("public", public, zone.public)):
+                if kind == "public" and zone.zone not in site.aws.gateway.zones:
+                    continue
                 subnets[zone.zone] = aws.ec2.Subnet(
                     f"{kind}-{zone.zone}",
                     vpc_id=vpc.id,
@@ -187,7 +186,8 @@ class Network(Part):
                 vpc_id=place.vpc,
                 service_name=f"com.amazonaws.{site.region}.{service}",
                 vpc_endpoint_type="Interface",
-                subnet_ids=list(place.private.values()),
+                # Each has its price in each zone; machines in the others find their way there too.
+                subnet_ids=place.subnets(site.aws.gateway.zones),
                 security_group_ids=[group],
                 private_dns_enabled=True,
                 tags=site.named(service),

@@ -8,11 +8,12 @@ from typing import Any
 import pulumi
 import pulumi_aws as aws
 
+from infra.aws_names import engine_machine
 from infra.findings import ConfigError, Finding
-from infra.plan.model import GroupPlan, PoolPlan
+from infra.plan.model import GroupPlan, PoolPlan, SchedulePlan
+from infra.render.machines import told
 from infra.render.user_data import NodeSettings, user_data
 from infra.targets.aws import machines
-from infra.targets.aws.discovery import Discovery
 from infra.targets.aws.machines import Look
 from infra.targets.aws.network import Place
 from infra.targets.aws.site import Part, Site
@@ -20,51 +21,18 @@ from infra.targets.aws.site import Part, Site
 USER_DATA_LIMIT = 16_384
 """Bytes, before they are encoded (EC2 guide, 2026-11)."""
 LONGEST_BUCKET = 63
-HEARTBEAT_S = 120
-"""What machines take the hooks' time-outs for: they say that they live in time for the shortest there is."""
-LIMITS_S = (600, 1800, 3600, 7200)
-SERVICE_ID = 20
-"""Characters of the id of a service of Cloud Map (`srv-` and 16 or 17), rounded up."""
+UNCHANGED = -1
+"""Of a limit, in a scheduled action."""
 
 
 def machine_name(pool: str) -> str:
     """What its parameter calls an engine node of a pool."""
-    return f"engine-{pool}"
+    return engine_machine(pool)
 
 
-def coarse(seconds: int) -> int:
-    """The next longer of few limits.
-
-    What a machine is told when it boots cannot be changed without another machine, and what it is derived from changes
-    with every model. It is for machines that hang: the others are done sooner.
-    """
-    return next((limit for limit in LIMITS_S if limit >= seconds), LIMITS_S[-1])
-
-
-def settings(  # noqa: PLR0913, PLR0917 - what it is made of
-    site: Site, role: Any, machine: str, group: str | None, bucket: str, services: dict[str, str], **more: Any
-) -> NodeSettings:
+def settings(site: Site, role: Any, machine: str, group: str | None, bucket: str, **more: Any) -> NodeSettings:
     """What a machine is told when it boots."""
-    timings, engine = site.timings, role == "engine"
-    return NodeSettings(
-        stack=site.stack,
-        role=role,
-        machine=machine,
-        region=site.region,
-        bucket=bucket,
-        group=group,
-        launch_hook=machines.LAUNCH if group else None,
-        terminate_hook=machines.TERMINATE if group else None,
-        launch_heartbeat_s=HEARTBEAT_S,
-        terminate_heartbeat_s=HEARTBEAT_S,
-        boot_limit_s=coarse(timings.launch_hook_s),
-        metadata_poll_s=timings.metadata_poll_s,
-        spot_drain_s=timings.spot_drain_s,
-        drain_s=coarse(site.plan.timings.drain_s if engine else site.plan.timings.gateway_stop_s),
-        services=services,
-        baked=getattr(site.aws, f"{role}_image") is not None,
-        **more,
-    )
+    return told(site.plan, role, machine, group, bucket, **more)
 
 
 def check_user_data(site: Site) -> None:
@@ -75,11 +43,11 @@ def check_user_data(site: Site) -> None:
     """
     too_large = []
     for group in site.aws.groups:
-        models = {slot.model: "x" * SERVICE_ID for slot in pool_of(site, group.pool).slots}
-        told = settings(site, "engine", machine_name(group.pool), group.name, "x" * LONGEST_BUCKET, models)
-        size = len(user_data(told).encode())
+        size = len(
+            user_data(settings(site, "engine", machine_name(group.pool), group.name, "x" * LONGEST_BUCKET)).encode()
+        )
         if size > USER_DATA_LIMIT:
-            fix = "fewer models in this pool: each has a line in it"
+            fix = "a shorter name of the stack or the pool"
             problem = f"the user data of its nodes has {size} bytes, and EC2 takes {USER_DATA_LIMIT}"
             too_large.append(Finding(f"pools.{group.pool}", problem, fix))
     if too_large:
@@ -114,23 +82,18 @@ class Pool(Part):
         site: Site,
         place: Place,
         look: Look,
-        discovery: Discovery,
         bucket: pulumi.Output[str],
         after: Sequence[pulumi.Resource],
     ) -> None:
         super().__init__("Pool", pool.name)
         self._site, self._place, self._look, self._pool = site, place, look, pool
-        models = sorted({slot.model for slot in pool.slots})
-        services = discovery.ids(models)
-        self.groups = [
-            self._group(group, pulumi.Output.all(bucket=bucket, services=services), after)
-            for group in site.aws.groups
-            if group.pool == pool.name
-        ]
+        for group in site.aws.groups:
+            if group.pool == pool.name:
+                self._group(group, bucket, after)
         self.register_outputs({})
 
     def _group(
-        self, group: GroupPlan, given: pulumi.Output[Any], after: Sequence[pulumi.Resource]
+        self, group: GroupPlan, bucket: pulumi.Output[str], after: Sequence[pulumi.Resource]
     ) -> aws.autoscaling.Group:
         site, pool = self._site, self._pool
         machine, timings = machine_name(pool.name), site.timings
@@ -139,19 +102,21 @@ class Pool(Part):
             name,
             site,
             self._look,
-            given.apply(lambda it: settings(site, "engine", machine, group.name, it["bucket"], it["services"])),
+            bucket.apply(lambda it: settings(site, "engine", machine, group.name, it)),
             group.instances[0],
             self.within(),
             site.tags("engine", pool.name),
             **_market(group),
         )
         wanted = machines.hooks(timings.launch_hook_s, timings.drain_hook_s)
+        scheduled = pool.schedule if group.rung == 0 else None
         made: aws.autoscaling.Group = aws.autoscaling.Group(
             name,
             name=group.name,
             min_size=group.minimum,
             max_size=group.maximum,
-            # How many it wants follows from its limits: the rungs after the first are moved by the ladder.
+            # How many it wants follows from its limits, or from the hours: later rungs are moved by the ladder.
+            desired_capacity=group.maximum if scheduled else None,
             vpc_zone_identifiers=self._place.subnets(group.zones),
             health_check_type="EC2",
             health_check_grace_period=timings.health_grace_s,
@@ -166,12 +131,29 @@ class Pool(Part):
             tags=machines.group_tags(site.named("engine", pool.name, machine=machine)),
             opts=self.within(
                 depends_on=list(after),
-                ignore_changes=["initialLifecycleHooks"],
+                ignore_changes=["initialLifecycleHooks", *(["desiredCapacity"] if scheduled else [])],
             ),
             **_launched(group, launch),
         )
+        if scheduled:
+            self._hours(name, scheduled, group, made)
         machines.keep_hooks(name, made, wanted, self)
         return made
+
+    def _hours(self, name: str, hours: SchedulePlan, group: GroupPlan, made: aws.autoscaling.Group) -> None:
+        """The group wants all its nodes from a time on, and none from another on; they drain as whenever they go."""
+        for which, time, nodes in (("start", hours.start, group.maximum), ("end", hours.end, 0)):
+            aws.autoscaling.Schedule(
+                f"{name}-{which}",
+                scheduled_action_name=which,
+                autoscaling_group_name=made.name,
+                recurrence=hours.cron(time),
+                time_zone=hours.time_zone,
+                desired_capacity=nodes,
+                min_size=UNCHANGED,
+                max_size=UNCHANGED,
+                opts=self.within(),
+            )
 
 
 def _market(group: GroupPlan) -> dict[str, Any]:

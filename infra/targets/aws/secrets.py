@@ -31,7 +31,21 @@ class Runs(Part):
         secret: Mapping[str, str],
         runtime: str | None,
         tags: dict[str, str],
+        services: pulumi.Input[Mapping[str, str]] | None = None,
     ) -> None:
+        """Declare it.
+
+        Args:
+            machine: Their kind.
+            site: The stack.
+            cache: Where the bundle is kept.
+            bundle: What they run.
+            public: Files of the bundle that the cache keeps.
+            secret: Its other files.
+            runtime: Digest of what they install; None: their image has it.
+            tags: Of everything.
+            services: Model to the id of its service in Cloud Map, of engine nodes.
+        """
         super().__init__("Runs", machine)
         self.digest = bundle.digest
         text = json.dumps({"schema": SCHEMA, "files": dict(public)}, sort_keys=True)
@@ -42,7 +56,9 @@ class Runs(Part):
             machine,
             name=site.parameter(machine),
             type="String",
-            insecure_value=pulumi.Output.json_dumps({"bundle": bundle.digest, "secrets": arns, "runtime": runtime}),
+            insecure_value=pulumi.Output.json_dumps(
+                {"bundle": bundle.digest, "secrets": arns, "runtime": runtime, "services": services or {}}
+            ),
             description="What these machines run: bundles/<bundle>.json of the cache",
             tags=tags,
             opts=self.within(depends_on=[stored, *self._versions]),

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pulumi
 
+from infra import aws_names
+from infra.aws_names import PREFIX
 from infra.plan.model import AwsPlan, AwsTimings, FleetPlan
 
-PREFIX = "vllm-fleet"
-"""Of tags, and of paths in IAM and SSM."""
 GB = 10**9
 GIB = 1 << 30
 
@@ -65,12 +64,12 @@ class Site:
 
     def parameter(self, machine: str) -> str:
         """Name of the parameter that says what a machine runs."""
-        return f"/{PREFIX}/{self.stack}/{machine}"
+        return aws_names.parameter(self.stack, machine)
 
     @property
     def bucket_prefix(self) -> str:
-        """What the bucket's name begins with: small letters, digits and hyphens, 37 at most."""
-        return f"fleet-{re.sub('[^a-z0-9-]+', '-', self.stack.lower())[:30].strip('-')}-"
+        """What the bucket's name begins with."""
+        return aws_names.bucket_start(self.stack)
 
 
 class Part(pulumi.ComponentResource):
