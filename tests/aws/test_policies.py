@@ -77,6 +77,6 @@ def test_a_fleet_over_the_budget_and_without_the_companys_tags_is_refused(
 
     said = stack.preview("--policy-pack", str(pack), "--policy-pack-config", str(wanted), fails=True)
 
-    assert "the fleet costs $0.83 an hour, and may cost $0.5" in said
+    assert "the fleet costs $0.93 an hour, and may cost $0.5" in said
     assert "cache has no tag team" in said
     assert "[mandatory]" in said

@@ -1,4 +1,4 @@
-"""A fleet on booted hosts: what the stack's resources are to a machine, made with boto3 on the stand-in.
+"""A fleet on booted hosts: the stack that `pulumi up` makes on the stand-in, and machines from its groups.
 
 Runs inside a world (`python -m hosts run`): test_hosts.py starts it there.
 """
@@ -7,43 +7,48 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import hashlib
 import json
 import os
-import socket
 import subprocess
+import tempfile
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
+import yaml
 from hosts import image
 from hosts.aws import Aws
 from hosts.fleet import Follower
 from hosts.host import Host, HostError
 
-from infra.plan.model import FleetPlan, PoolPlan
+from infra.paths import ROOT
+from infra.plan.model import FleetPlan
 from infra.planning import plan_config
 from infra.render import node
-from infra.render.bundle import Bundle, Program
+from infra.render.bundle import Bundle
 from infra.render.user_data import NodeSettings, user_data
 from infra.stack_file import load_stack_file
-from infra.weights.entry import FileFact
 from infra.weights.lock import WeightsLock, load
+from tests.aws.hosts.front import PATIENCE_S, Answer, Front, ask
+from tests.aws.standin import Stack, StandIn
 
 HERE = Path(__file__).parent
 PORT = 5000
 REGION = "us-east-1"
 STACK = "boots"
-BUCKET = "fleet-boots-cache"
-ENTRY = "smollm2-135m-instruct"
+LIKE, ENTRY = "smollm2-135m-instruct", "smollm2-135m-small"
+"""An entry of the real lock, and one that differs from it in having small files: what the fake engine serves."""
+REAL = os.environ.get("FLEET_TEST_REAL")
+"""The folder of the real one's files, where its engine is installed."""
 KEY = "sk-fleet-key-of-a-test"
 FILES = {"config.json": b"{}\n", "model-1.safetensors": os.urandom(3 << 20), "model-2.safetensors": os.urandom(1 << 20)}
-IN_TIME_S = 120
+IN_TIME_S = 240
 """After so long something hangs: two busy cores boot a machine in ten seconds."""
 
 
@@ -56,181 +61,206 @@ def until(what: str, condition: Callable[[], Any], timeout: float = IN_TIME_S) -
     return found
 
 
-def small_lock(files: Mapping[str, bytes] = FILES) -> WeightsLock:
-    """The real lock, with files of a few megabytes in the entry that is served."""
-    lock = load()
-    facts = {path: FileFact(size=len(data), sha256=hashlib.sha256(data).hexdigest()) for path, data in files.items()}
-    entry = lock.models[ENTRY].model_copy(update={"files": facts})
-    return lock.model_copy(update={"models": {**lock.models, ENTRY: entry}})
+def facts(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
+    """As locks have them."""
+    return {path: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for path, data in files.items()}
 
 
-def small_plan(lock: WeightsLock, **timings: Any) -> FleetPlan:
-    """The plan of stack.yaml; some timings may be others, so that what takes minutes is seen in seconds."""
-    config = load_stack_file(HERE / "stack.yaml")
-    plan = plan_config(STACK, config, lock, {"team-a": hashlib.sha256(KEY.encode()).hexdigest()})
-    return plan.model_copy(update={"timings": plan.timings.model_copy(update=timings)})
+def small_lock(files: Mapping[str, bytes] = FILES) -> str:
+    """The text of a lock: the real one's, and an entry with files of a few megabytes."""
+    found = yaml.safe_load((ROOT / "stacks/models.lock.yaml").read_text())
+    found["models"][ENTRY] = {**found["models"][LIKE], "files": facts(files)}
+    return json.dumps(found)
 
 
-@dataclass
-class Answer:
-    """What a client got."""
-
-    status: int
-    body: bytes
-
-    @property
-    def whole(self) -> bool:
-        """A stream that ended as it should."""
-        return self.status == 200 and self.body.rstrip().endswith(b"data: [DONE]")
-
-
-@dataclass
-class Load:
-    """Clients that ask all the time; what each got."""
-
-    ask: Callable[[], Answer]
-    clients: int = 2
-    answers: list[Answer] = field(default_factory=list)
-    _over: threading.Event = field(default_factory=threading.Event)
-    _threads: list[threading.Thread] = field(default_factory=list)
-
-    def __enter__(self) -> Self:
-        self._threads = [threading.Thread(target=self._run) for _ in range(self.clients)]
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def _run(self) -> None:
-        while not self._over.is_set():
-            self.answers.append(self.ask())
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        for thread in self._threads:
-            thread.join()
-
-    @property
-    def failed(self) -> list[Answer]:
-        return [answer for answer in self.answers if not answer.whole]
+def read_lock(text: str) -> WeightsLock:
+    """The lock of a text."""
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(text)
+        file.flush()
+        return load(Path(file.name))
 
 
 class Fleet:
-    """The stack's part of the world: bucket, pointers, roles, names, groups."""
+    """The stack, its machines, and its clients."""
 
-    def __init__(self, aws: Aws, follower: Follower) -> None:
-        self.aws, self.follower = aws, follower
-        self.lock = small_lock()
-        self.plan = small_plan(self.lock)
-        self.services: dict[str, str] = {}
-        self.groups: set[str] = set()
+    def __init__(self, aws: Aws, follower: Follower, front: Front, folder: Path) -> None:
+        self.aws, self.follower, self.front = aws, follower, front
+        self.stand_in = StandIn(aws.url)
+        self.client = functools.cache(self.stand_in.client)
+        """Patient: a hundred calls a second from machines that boot keep the stand-in busy."""
+        self.stack = Stack(STACK, self.stand_in, folder)
+        self.cases: set[str] = set()
+        self.began = time.monotonic()
+        self._up: threading.Thread | None = None
+        self._failed: BaseException | None = None
+        self._planned: tuple[str, FleetPlan] | None = None
 
-    # What `pulumi up` makes.
+    def all(self, service: str, operation: str, **query: Any) -> list[Any]:
+        """Every item of a paginated answer."""
+        pages = self.client(service).get_paginator(operation)
+        found: list[Any] = pages.paginate(**query).build_full_result()[pages.result_keys[0].expression]
+        return found
 
-    def account(self) -> None:
-        """What there is once."""
-        ec2, iam = self.aws.client("ec2"), self.aws.client("iam")
-        vpc = ec2.create_vpc(CidrBlock="10.64.0.0/16")["Vpc"]["VpcId"]
-        self.subnets = [
-            ec2.create_subnet(VpcId=vpc, CidrBlock=f"10.64.{n}.0/24", AvailabilityZone=f"us-east-1{zone}")["Subnet"][
-                "SubnetId"
-            ]
-            for n, zone in enumerate("ab", 1)
-        ]
-        trust = {"Effect": "Allow", "Action": "sts:AssumeRole", "Principal": {"Service": "ec2.amazonaws.com"}}
-        iam.create_role(
-            RoleName="node", AssumeRolePolicyDocument=json.dumps({"Version": "2012-10-17", "Statement": [trust]})
-        )
-        iam.create_instance_profile(InstanceProfileName="node")
-        iam.add_role_to_instance_profile(InstanceProfileName="node", RoleName="node")
-        self.aws.client("s3").create_bucket(Bucket=BUCKET)
-        cloud_map = self.aws.client("servicediscovery")
-        cloud_map.create_private_dns_namespace(Name=f"{STACK}.internal", Vpc=vpc)
-        (space,) = self.aws.all("servicediscovery", "list_namespaces")
-        for model, srv, _ in self.plan.gateway.srv:
-            self.services[model] = cloud_map.create_service(
-                Name=srv.removesuffix(f".{STACK}.internal"),
-                NamespaceId=space["Id"],
-                DnsConfig={"NamespaceId": space["Id"], "DnsRecords": [{"Type": "SRV", "TTL": 10}]},
-            )["Service"]["Id"]
+    # The stack.
 
-    def store(self, bundle: Bundle) -> str:
-        """A bundle in the bucket, its secret files beside it; its digest."""
-        public, secret = node.split(bundle)
-        self.put(f"bundles/{bundle.digest}.json", json.dumps({"schema": 1, "files": public}).encode())
-        self.secret = None
-        if secret:
-            name = f"vllm-fleet/{STACK}/{bundle.role}"
-            secrets = self.aws.client("secretsmanager")
-            with contextlib.suppress(secrets.exceptions.ResourceExistsException):
-                secrets.create_secret(Name=name, SecretString="{}")
-            self.secret = secrets.put_secret_value(SecretId=name, SecretString=json.dumps(secret))["ARN"]
-        return bundle.digest
+    def configure(self) -> None:
+        """The stack of stack.yaml, not up yet. Models that need the real engine only where it is."""
+        config = yaml.safe_load((HERE / "stack.yaml").read_text())["config"]
+        if not REAL:
+            config["vllm-fleet:models"].pop("real")
+            config["vllm-fleet:pools"].pop("real")
+        config["vllm-fleet:api-keys"] = {"team-a": f"sha256:{hashlib.sha256(KEY.encode()).hexdigest()}"}
+        (self.stack.project / "stacks/models.lock.yaml").write_text(small_lock())
+        self.stack.write(config)
+        self.stack.run("pulumi", "stack", "init", STACK)
 
-    def put(self, key: str, body: bytes) -> None:
-        self.aws.client("s3").put_object(Bucket=BUCKET, Key=key, Body=body)
+    def begin(self) -> None:
+        """`pulumi up`; returns once engine nodes can be started: Pulumi still waits for the bucket and the balancer."""
 
-    def point(self, machine: str, digest: str) -> None:
-        """What machines of a kind run."""
-        value = json.dumps({"bundle": digest, "secrets": [self.secret] if self.secret else [], "runtime": None})
-        self.aws.client("ssm").put_parameter(
-            Name=f"/vllm-fleet/{STACK}/{machine}", Value=value, Type="String", Overwrite=True
-        )
+        def up() -> None:
+            try:
+                self.stack.up()
+            except BaseException as error:  # noqa: BLE001 - whoever waits for it gets it
+                self._failed = error
 
-    def fill(self, lock: WeightsLock | None = None, files: Mapping[str, bytes] = FILES) -> str:
-        """What the fill job leaves in the bucket for an entry as it was locked; its prefix."""
-        lock = lock or self.lock
-        prefix = f"weights/{ENTRY}/{lock.digest(ENTRY)}"
-        for path, data in files.items():
-            self.put(f"{prefix}/{path}", data)
-        facts = {path: fact.model_dump(include={"size", "sha256"}) for path, fact in lock.models[ENTRY].files.items()}
-        self.put(f"{prefix}/.complete", json.dumps(facts).encode())
-        return prefix
+        self.began = time.monotonic()
+        self._up = threading.Thread(target=up)
+        self._up.start()
+        # As the fill job does: the bucket gets the weights while machines come up.
+        until("there is a bucket", lambda: self._going() and self.bucket)
+        self.fill()
+        if REAL:
+            files = {path.name: path.read_bytes() for path in Path(REAL).iterdir()}
+            self.fill(LIKE, files)
+        until("there is a template", lambda: self._going() and self.template)
+        until("there is a place to register", lambda: self._going() and len(self.services) == len(self.plan.models))
+
+    def _going(self) -> bool:
+        if self._failed:
+            raise self._failed
+        return True
+
+    def age(self) -> float:
+        """Seconds since `pulumi up` began."""
+        return round(time.monotonic() - self.began, 1)
+
+    def up(self) -> None:
+        """Once the whole stack is up."""
+        assert self._up
+        self._up.join()
+        self._going()
+
+    def over(self) -> None:
+        """Wait for Pulumi, whatever became of it."""
+        if self._up:
+            self._up.join()
 
     @property
-    def pool(self) -> PoolPlan:
-        return self.plan.pools[0]
+    def bucket(self) -> str | None:
+        """The stack's, once there is one."""
+        names = [it["Name"] for it in self.client("s3").list_buckets()["Buckets"]]
+        return next((name for name in names if name.startswith(f"fleet-{STACK}-")), None)
+
+    @property
+    def plan(self) -> FleetPlan:
+        """Of what the stack file says now."""
+        text = self.stack.file.read_text()
+        if self._planned is None or self._planned[0] != text:
+            config = load_stack_file(self.stack.file)
+            self._planned = text, plan_config(STACK, config, self.lock, config.api_keys)
+        return self._planned[1]
+
+    @functools.cached_property
+    def lock(self) -> WeightsLock:
+        return load(self.stack.project / "stacks/models.lock.yaml")
+
+    @property
+    def engines(self) -> str:
+        """The group of the nodes with fake engines."""
+        assert self.plan.on_aws
+        return next(it.name for it in self.plan.on_aws.groups if it.pool == "small")
+
+    @property
+    def real(self) -> str:
+        """The group of the one with the real engine."""
+        assert self.plan.on_aws
+        return next(it.name for it in self.plan.on_aws.groups if it.pool == "real")
+
+    @property
+    def gateways(self) -> str:
+        assert self.plan.on_aws
+        return str(self.plan.on_aws.gateway.group)
+
+    def pointer(self, machine: str) -> str:
+        """The digest of the bundle that machines of a kind run."""
+        found = self.client("ssm").get_parameter(Name=f"/vllm-fleet/{STACK}/{machine}")["Parameter"]["Value"]
+        return str(json.loads(found)["bundle"])
+
+    # What a case has for itself.
+
+    def put(self, key: str, body: bytes) -> None:
+        self.client("s3").put_object(Bucket=self.bucket, Key=key, Body=body)
+
+    def fill(self, entry: str = ENTRY, files: Mapping[str, bytes] = FILES, lock: WeightsLock | None = None) -> str:
+        """What the fill job leaves in the bucket for an entry as it was locked; its prefix."""
+        lock = lock or self.lock
+        prefix = f"weights/{entry}/{lock.digest(entry)}"
+        for path in lock.models[entry].files.keys() & files.keys():
+            self.put(f"{prefix}/{path}", files[path])
+        known = {path: fact.model_dump(include={"size", "sha256"}) for path, fact in lock.models[entry].files.items()}
+        self.put(f"{prefix}/.complete", json.dumps(known).encode())
+        return prefix
 
     def engine_bundle(self, lock: WeightsLock | None = None, **flags: str) -> Bundle:
         """What engine nodes run; `flags` are other values of the engine's flags, hyphens as underscores."""
-        plan, (kind,) = self.plan, self.plan.engine_sets
+        plan = self.plan
+        kind, *others = sorted(plan.engine_sets, key=lambda it: it.pool != "small")
         changed = list(kind.flags)
         for flag, value in flags.items():
             changed[changed.index(f"--{flag.replace('_', '-')}") + 1] = value
-        plan = plan.model_copy(update={"engine_sets": (kind.model_copy(update={"flags": tuple(changed)}),)})
-        return node.engine_bundle(plan, plan.pools[0], lock or self.lock, node.CloudLayout())
-
-    def group(self, machine: str, size: int, more: str = "", **settings: Any) -> str:
-        """A group of machines of a kind, with its hooks; its name. `more`: lines at the end of the user data."""
-        role: Any = machine.partition("-")[0]
-        group, timings = self.group_name(machine), self.plan.aws
-        assert timings
-        told = NodeSettings(
-            stack=STACK,
-            role=role,
-            machine=machine,
-            region=REGION,
-            bucket=BUCKET,
-            group=group,
-            launch_heartbeat_s=timings.launch_hook_s,
-            terminate_heartbeat_s=timings.drain_hook_s,
-            boot_limit_s=timings.launch_hook_s,
-            metadata_poll_s=1,
-            spot_drain_s=timings.spot_drain_s,
-            drain_s=self.plan.timings.drain_s,
-            services=self.services if role == "engine" else {},
-            baked=True,
+        sets = (kind.model_copy(update={"flags": tuple(changed)}), *others)
+        pool = next(pool for pool in plan.pools if pool.name == "small")
+        return node.engine_bundle(
+            plan.model_copy(update={"engine_sets": sets}), pool, lock or self.lock, node.CloudLayout()
         )
-        told = replace(told, **settings)
-        template = self.aws.client("ec2").create_launch_template(
-            LaunchTemplateName=group,
-            LaunchTemplateData={
-                "ImageId": "ami-0d1a000000000002a",
-                "InstanceType": "g5.xlarge",
-                "UserData": base64.b64encode((user_data(told) + more).encode()).decode(),
-                "IamInstanceProfile": {"Name": "node"},
-                "MetadataOptions": {"HttpTokens": "required", "InstanceMetadataTags": "enabled"},
-            },
-        )["LaunchTemplate"]["LaunchTemplateId"]
+
+    def store(self, bundle: Bundle) -> str:
+        """An engine node's bundle in the bucket; its digest."""
+        public, secret = node.split(bundle)
+        assert not secret
+        self.put(f"bundles/{bundle.digest}.json", json.dumps({"schema": 1, "files": public}).encode())
+        return bundle.digest
+
+    def case(self, name: str, bundle: str, more: str = "", *, once: bool = False) -> str:
+        """A group with one engine node, which has a pointer of its own; its name.
+
+        All else is as `pulumi up` makes it for the pool: template, subnets, hooks, tags.
+
+        Args:
+            name: Of the case.
+            bundle: Digest of what it runs.
+            more: Lines at the end of the user data.
+            once: The group starts no other machine in the place of one that gives up.
+        """
+        machine = f"engine-{name}"
+        group = f"fleet-{STACK}-{machine}"
+        ec2, plan = self.client("ec2"), self.plan
+        assert plan.aws
+        assert plan.on_aws
+        pointer = json.dumps({"bundle": bundle, "secrets": [], "runtime": None, "services": self.services})
+        self.client("ssm").put_parameter(Name=f"/vllm-fleet/{STACK}/{machine}", Value=pointer, Type="String")
+        template = self.template
+        first, *_ = yaml.safe_load(base64.b64decode(template["UserData"]))["write_files"]
+        told = replace(NodeSettings(**json.loads(first["content"])), machine=machine, group=group)
+        data = {
+            **template,
+            "UserData": base64.b64encode((user_data(told) + more).encode()).decode(),
+            "IamInstanceProfile": {"Name": self._profile},
+        }
+        made = ec2.create_launch_template(LaunchTemplateName=group, LaunchTemplateData=data)["LaunchTemplate"]
+        private = [zone.private for zone in plan.on_aws.network.zones]
+        subnets = ec2.describe_subnets(Filters=[{"Name": "cidr-block", "Values": private}])["Subnets"]
         hooks = [
             {
                 "LifecycleHookName": hook,
@@ -239,56 +269,81 @@ class Fleet:
                 "DefaultResult": default,
             }
             for hook, transition, seconds, default in (
-                ("ready", "LAUNCHING", timings.launch_hook_s, "ABANDON"),
-                ("drain", "TERMINATING", 40, "CONTINUE"),
+                (told.launch_hook, "LAUNCHING", plan.aws.launch_hook_s, "ABANDON"),
+                (told.terminate_hook, "TERMINATING", plan.aws.drain_hook_s, "CONTINUE"),
             )
         ]
-        self.aws.client("autoscaling").create_auto_scaling_group(
+        self.client("autoscaling").create_auto_scaling_group(
             AutoScalingGroupName=group,
             MinSize=0,
-            MaxSize=4,
-            DesiredCapacity=size,
-            VPCZoneIdentifier=",".join(self.subnets),
-            LaunchTemplate={"LaunchTemplateId": template},
+            MaxSize=1,
+            DesiredCapacity=1,
+            VPCZoneIdentifier=",".join(it["SubnetId"] for it in subnets),
+            LaunchTemplate={"LaunchTemplateId": made["LaunchTemplateId"]},
             LifecycleHookSpecificationList=hooks,
             HealthCheckType="EC2",
-            HealthCheckGracePeriod=600,
+            HealthCheckGracePeriod=plan.aws.health_grace_s,
+            NewInstancesProtectedFromScaleIn=once,
             Tags=[
                 {"Key": f"vllm-fleet:{key}", "Value": value, "PropagateAtLaunch": True}
-                for key, value in {"stack": STACK, "role": role, "pool": "small"}.items()
+                for key, value in {"stack": STACK, "role": "engine", "pool": "small", "machine": machine}.items()
             ],
         )
-        self.groups.add(group)
+        self.cases.add(name)
+        if once:
+            self.resize(group, 0)
         return group
 
-    @staticmethod
-    def group_name(machine: str) -> str:
-        """Of the group of a kind of machines."""
-        return f"fleet-{STACK}-{machine}-0"
+    @functools.cached_property
+    def _profile(self) -> str:
+        """The role of all cases: the pool's, with the names of their pointers and groups."""
+        iam, path = self.client("iam"), f"/vllm-fleet/{STACK}/"
+        own = next(it for it in iam.list_roles(PathPrefix=path)["Roles"] if it["RoleName"].startswith("engine-small"))
+        (policy,) = iam.list_role_policies(RoleName=own["RoleName"])["PolicyNames"]
+        rights = iam.get_role_policy(RoleName=own["RoleName"], PolicyName=policy)["PolicyDocument"]
+        trust = json.dumps(own["AssumeRolePolicyDocument"])
+        iam.create_role(RoleName="cases", Path=path, AssumeRolePolicyDocument=trust)
+        text = json.dumps(rights).replace(self.engines, f"fleet-{STACK}-engine-*")
+        text = text.replace(f"/{STACK}/engine-small", f"/{STACK}/engine-*")
+        iam.put_role_policy(RoleName="cases", PolicyName="cases", PolicyDocument=text)
+        iam.create_instance_profile(InstanceProfileName="cases", Path=path)
+        iam.add_role_to_instance_profile(InstanceProfileName="cases", RoleName="cases")
+        return "cases"
+
+    def end_cases(self) -> None:
+        """What the cases made goes; their machines at once."""
+        if not self.cases:
+            return
+        for name in self.cases:
+            group = f"fleet-{STACK}-engine-{name}"
+            self.client("autoscaling").delete_auto_scaling_group(AutoScalingGroupName=group, ForceDelete=True)
+            self.client("ec2").delete_launch_template(LaunchTemplateName=group)
+            self.client("ssm").delete_parameter(Name=f"/vllm-fleet/{STACK}/engine-{name}")
+        self.cases.clear()
+        iam = self.client("iam")
+        iam.remove_role_from_instance_profile(InstanceProfileName="cases", RoleName="cases")
+        iam.delete_instance_profile(InstanceProfileName="cases")
+        iam.delete_role_policy(RoleName="cases", PolicyName="cases")
+        iam.delete_role(RoleName="cases")
 
     # What is asked of AWS.
 
     def members(self, group: str) -> dict[str, str]:
-        """Instance to its state in the group."""
-        found = self.aws.all("autoscaling", "describe_auto_scaling_instances")
-        return {it["InstanceId"]: it["LifecycleState"] for it in found if it["AutoScalingGroupName"] == group}
-
-    def machines(self, group: str) -> list[str]:
-        """The machines that a group has, once it has some and they are switched on."""
-
-        def on() -> list[str]:
-            self.follower.check()
-            found = sorted(self.members(group))
-            return found if found and all(Host(name).alive for name in found) else []
-
-        return list(until(f"{group} has machines", on))
+        """Instance to its state in the group; those that leave are not in it any more."""
+        found = self.all("autoscaling", "describe_auto_scaling_instances")
+        return {
+            it["InstanceId"]: it["LifecycleState"]
+            for it in found
+            if it["AutoScalingGroupName"] == group and not it["LifecycleState"].startswith("Terminating")
+        }
 
     def in_service(self, group: str, size: int) -> list[Host]:
         """Wait until so many machines of a group serve."""
-        assert group in self.groups, f"{group} was not made: the test that makes it failed"
 
         def serving() -> list[str]:
             self.follower.check()
+            self.front.check()
+            self._going()
             members = self.members(group)
             return sorted(members) if list(members.values()) == ["InService"] * size else []
 
@@ -298,54 +353,72 @@ class Fleet:
             said = "\n".join(f"--- {name}\n{tell(Host(name))}" for name in self.members(group))
             raise AssertionError(f"{error}: {self.members(group)}\n{said}") from None
 
+    def address(self, instance: str) -> str:
+        """Private address of an instance."""
+        (seen,) = self.client("ec2").describe_instances(InstanceIds=[instance])["Reservations"]
+        return str(seen["Instances"][0]["PrivateIpAddress"])
+
+    def monitor(self) -> Host:
+        """The monitor, once its machine is there."""
+        only = [
+            {"Name": "tag:vllm-fleet:role", "Values": ["monitor"]},
+            {"Name": "tag:vllm-fleet:stack", "Values": [STACK]},
+        ]
+        (seen,) = [it for r in self.all("ec2", "describe_instances", Filters=only) for it in r["Instances"]]
+        host = Host(seen["InstanceId"])
+        until("the monitor is on", lambda: host.dir.exists() and host.alive)
+        return host
+
     def resize(self, group: str, size: int) -> None:
-        self.aws.client("autoscaling").set_desired_capacity(AutoScalingGroupName=group, DesiredCapacity=size)
+        """Let a group want so many machines, whatever the stack says."""
+        scaling = self.client("autoscaling")
+        scaling.update_auto_scaling_group(AutoScalingGroupName=group, MinSize=0, DesiredCapacity=size)
 
-    def remove(self, group: str) -> None:
-        """End a group's machines at once."""
-        self.aws.client("autoscaling").delete_auto_scaling_group(AutoScalingGroupName=group, ForceDelete=True)
-        self.aws.client("ec2").delete_launch_template(LaunchTemplateName=group)
-        self.groups.discard(group)
+    @property
+    def template(self) -> dict[str, Any]:
+        """What the engines' launch template has; nothing while it is not there."""
+        named = [{"Name": "tag:vllm-fleet:pool", "Values": ["small"]}]
+        found = self.client("ec2").describe_launch_templates(Filters=named)["LaunchTemplates"]
+        if not found:
+            return {}
+        versions = self.client("ec2").describe_launch_template_versions(
+            LaunchTemplateId=found[0]["LaunchTemplateId"], Versions=["$Latest"]
+        )
+        data: dict[str, Any] = versions["LaunchTemplateVersions"][0]["LaunchTemplateData"]
+        return data
 
-    def registered(self) -> set[str]:
-        """Engines that gateways find."""
-        return {
-            member["Id"]
-            for service in self.services.values()
-            for member in self.aws.all("servicediscovery", "list_instances", ServiceId=service)
-        }
+    @property
+    def services(self) -> dict[str, str]:
+        """Model to the id of its service in Cloud Map."""
+        ids = {it["Name"]: it["Id"] for it in self.all("servicediscovery", "list_services")}
+        names = {model: srv.removesuffix(f".{STACK}.internal") for model, srv, _ in self.plan.gateway.srv}
+        return {model: ids[name] for model, name in names.items() if name in ids}
+
+    def registered(self, model: str = "chat") -> set[str]:
+        """Engines of a model that gateways find."""
+        found = self.all("servicediscovery", "list_instances", ServiceId=self.services[model])
+        return {member["Id"] for member in found}
 
     def faults(self, *rules: dict[str, Any]) -> None:
         """What the stand-in does wrong from now on; none: nothing."""
-        data = json.dumps(list(rules)).encode()
-        urllib.request.urlopen(urllib.request.Request(f"{self.aws.url}/_ctl/faults", data)).read()
+        self.stand_in.control("faults", list(rules))
 
-    def calls(self) -> list[list[Any]]:
-        with urllib.request.urlopen(f"{self.aws.url}/_ctl/calls") as answer:
-            found: list[list[Any]] = json.load(answer)
-        return found
+    @functools.cached_property
+    def endpoint(self) -> str:
+        """Name of the load balancer."""
+        return str(self.all("elbv2", "describe_load_balancers")[0]["DNSName"])
+
+    @functools.cached_property
+    def targets(self) -> str:
+        """The gateways' target group."""
+        return str(self.all("elbv2", "describe_target_groups")[0]["TargetGroupArn"])
 
     # A client.
 
-    def ask(self, gateway: Host, tokens: int = 5, every_s: float = 0.02, timeout: float = 60) -> Answer:
-        """A stream, through the gateway, as the load balancer passes it on."""
-        body = json.dumps(
-            {"model": "chat", "stream": True, "max_tokens": tokens, "every_s": every_s, "messages": []}
-        ).encode()
-        head = (
-            "PROXY TCP4 10.64.9.9 10.64.1.1 40000 8080\r\n"
-            "POST /v1/chat/completions HTTP/1.1\r\nHost: fleet\r\nConnection: close\r\n"
-            f"Authorization: Bearer {KEY}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        ).encode()
-        try:
-            with socket.create_connection((gateway.instance.ip, self.plan.gateway.port), timeout) as connection:
-                connection.sendall(head + body)
-                raw = b"".join(iter(lambda: connection.recv(65536), b""))
-        except OSError as error:
-            return Answer(0, str(error).encode())
-        top, _, rest = raw.partition(b"\r\n\r\n")
-        status = int(top.split()[1]) if top else 0
-        return Answer(status, _plain(rest) if b"chunked" in top.lower() else rest)
+    def ask(self, tokens: int = 5, every_s: float = 0.02, patience_s: float = PATIENCE_S, **more: Any) -> Answer:
+        """A stream, from outside, by the name of the load balancer."""
+        body = {"model": "chat", "stream": True, "max_tokens": tokens, "every_s": every_s, "messages": []}
+        return ask(self.endpoint, KEY, {**body, **more}, patience_s)
 
     def agent(self, host: Host, path: str = "/engines") -> Any:
         """What a node's agent says; None while it says nothing."""
@@ -355,17 +428,10 @@ class Fleet:
         except (OSError, ValueError):
             return None
 
-
-def _plain(chunked: bytes) -> bytes:
-    """A body without its chunks; what is cut off ends where it was cut."""
-    plain = b""
-    while chunked:
-        size, _, chunked = chunked.partition(b"\r\n")
-        count = int(size or b"0", 16)
-        if count == 0:
-            break
-        plain, chunked = plain + chunked[:count], chunked[count + 2 :]
-    return plain
+    def state(self, host: Host) -> str:
+        """Of a node's engine; "" while nothing is known."""
+        rows = self.agent(host)
+        return str(rows[0]["state"]) if rows else ""
 
 
 def tell(host: Host, lines: int = 40) -> str:
@@ -391,14 +457,17 @@ def stand_in(python: str, program: str) -> Iterator[Aws]:
 
 @contextlib.contextmanager
 def fleet(binds: dict[str, str]) -> Iterator[Fleet]:
-    """An account with nothing running in it."""
+    """A stack that is on its way up; what it is made of goes with the world."""
     with (
+        tempfile.TemporaryDirectory(prefix="fleet-boots-", ignore_cleanup_errors=True) as folder,
         stand_in(os.environ["FLEET_TEST_MOTO"], os.environ["FLEET_TEST_STANDIN"]) as aws,
         Follower(aws, image.build(), binds, grace=30) as follower,
+        Front(aws, pace=0.1) as front,
     ):
-        made = Fleet(aws, follower)
-        made.account()
-        yield made
-
-
-__all__ = ["Answer", "Fleet", "Load", "Program", "fleet", "tell", "until"]
+        made = Fleet(aws, follower, front, Path(folder))
+        made.configure()
+        try:
+            made.begin()
+            yield made
+        finally:
+            made.over()
