@@ -27,7 +27,8 @@ test: ## every check and every test
 	@$(RUN) ruff check
 	@$(RUN) ruff format --check
 	@$(RUN) mypy
-	@$(RUN) pytest
+	@$(RUN) pytest -n auto --maxprocesses 4 tests/unit tests/render tests/program
+	@$(RUN) pytest tests/machine tests/stack tests/local tests/aws
 
 lint: ## style and types, without the tests
 	@toolchain/bootstrap --dev
