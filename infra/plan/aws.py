@@ -29,7 +29,7 @@ EXPORTER_PORTS = (9100, 9400)
 """Of a node's own metrics and of its GPUs': where their exporters listen by default."""
 INTERFACES = (
     *("ssm", "ssmmessages", "ec2messages", "secretsmanager", "kms"),
-    *("autoscaling", "servicediscovery", "ec2", "logs"),
+    *("autoscaling", "servicediscovery", "elasticloadbalancing", "ec2", "logs"),
 )
 """Services that machines ask, and that have an interface endpoint in each zone where one is wanted."""
 TLS_PORT, PLAIN_PORT = 443, 80

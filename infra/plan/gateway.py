@@ -216,7 +216,13 @@ def plan_keys(config: StackConfig, models: Mapping[str, Served]) -> tuple[KeyPla
     )
 
 
-def thresholds(models: Mapping[str, Served], ttft_p95_s: float) -> AlertThresholds:
-    """What alerts compare with: the promise, and as many requests waiting as are being served."""
-    slots = min(sizing.engines * sizing.concurrency for sizing in models.values())
-    return AlertThresholds(ttft_p95_s=ttft_p95_s, queue_waiting=slots)
+def thresholds(config: StackConfig, models: Mapping[str, Served], ttft_p95_s: float) -> AlertThresholds:
+    """What alerts compare with: the promises, and as many requests waiting as are being served."""
+    slo = config.slo
+    return AlertThresholds(
+        ttft_p95_s=ttft_p95_s,
+        queue_waiting=min(sizing.engines * sizing.concurrency for sizing in models.values()),
+        tpot_p95_s=slo.tpot_p95,
+        # 99.9 % leaves 0.001, and not 0.0010000000000000009.
+        failing=None if slo.availability is None else round(1 - slo.availability / 100, 6),
+    )

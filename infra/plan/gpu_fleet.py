@@ -167,7 +167,7 @@ class GpuPlanner:
                 prometheus_port=PORTS["prometheus"],
                 alertmanager_port=PORTS["alertmanager"],
                 grafana_port=PORTS["grafana"],
-                thresholds=thresholds(sized, ttft),
+                thresholds=thresholds(self.config, sized, ttft),
             ),
             timings=derived,
             memory=None,

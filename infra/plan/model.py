@@ -369,6 +369,9 @@ class AlertThresholds(Frozen):
 
     ttft_p95_s: float
     queue_waiting: int
+    tpot_p95_s: float | None = None
+    failing: float | None = None
+    """Part of the requests that may fail: what the promised availability leaves."""
 
 
 class MonitorPlan(Frozen):

@@ -88,12 +88,12 @@ def _check_parsers(config: StackConfig, ledger: Ledger) -> None:
 
 def _note_promises(config: StackConfig, ledger: Ledger) -> None:
     """Say of what is promised, and not yet kept by anything."""
-    if config.slo.availability is not None:
-        ledger.note("slo.availability", "is written down; no alert compares with it yet")
+    if config.slo.availability is not None and config.gateway.proxy == "nginx":
+        ledger.note("slo.availability", "is written down; nginx does not count what fails: no alert compares with it")
     if config.gateway.hostname is not None and config.aws.hosted_zone is None:
         ledger.note("gateway.hostname", "is written down; no certificate and no name are made for it yet")
     if config.slo.tpot_p95 is not None and config.target == "local":
-        ledger.note("slo.tpot_p95", "is written down; on local nothing is derived from it")
+        ledger.note("slo.tpot_p95", "is what an alert compares with; on local nothing else is derived from it")
 
 
 def _on_gpus(  # noqa: PLR0913, PLR0917 - what a plan is made of
@@ -172,7 +172,7 @@ def _local(stack: str, config: StackConfig, lock: WeightsLock, host: HostFacts, 
             prometheus_port=ports["prometheus"],
             alertmanager_port=ports["alertmanager"],
             grafana_port=ports["grafana"],
-            thresholds=thresholds(sizings, ttft),
+            thresholds=thresholds(config, sizings, ttft),
         ),
         timings=derived,
         memory=memory,

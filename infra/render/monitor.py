@@ -28,6 +28,21 @@ PERCENTILE_WINDOWS = 10
 """Alert windows that a rate or a percentile is taken over: enough requests for a 95th percentile to mean something."""
 
 
+@dataclass(frozen=True)
+class Burn:
+    """An alert at a pace at which what may fail is used up: over a long window, and over a short one still."""
+
+    factor: float
+    """Failures, in what may fail."""
+    long: str
+    short: str
+    severity: str
+
+
+BURNS = (Burn(14.4, "1h", "5m", "page"), Burn(6, "6h", "30m", "page"), Burn(1, "3d", "6h", "warn"))
+"""2 % of what may fail in 30 days in an hour, 5 % in six, 10 % in three days: Google's Site Reliability Workbook,
+chapter 5, table 5-8."""
+
 Slot = tuple[str, EnginePlan]
 """Name of a pool, and an engine that each of its nodes has."""
 
@@ -165,6 +180,7 @@ def _render(plan: FleetPlan, name: str, slots: Sequence[Slot] = ()) -> str:
         "slots": slots,
         "exporters": EXPORTERS,
         "limits": machine_limits(plan),
+        "burns": BURNS,
         "stack": plan.stack,
         "hours": _hours(plan),
         "models": plan.models,

@@ -7,6 +7,7 @@ import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +53,16 @@ def lasting(*parts: tuple[float, int], last: float | None = None) -> str:
     return " ".join([*steps, f"{parts[-1][0] if last is None else last:g}x2000"])
 
 
-def ttft(seconds: float) -> dict[str, str]:
-    """vLLM's histogram of an engine that starts one request a scrape, each with this time to the first token."""
-    name = "vllm:time_to_first_token_seconds_bucket"
+def histogram(name: str, promised: float, seconds: float) -> dict[str, str]:
+    """One of vLLM's of an engine that counts once a scrape, so many seconds each time."""
     return {
-        f'{name}{{{ENGINE},le="{le:g}"}}': "0+1x2000" if seconds <= le else "0x2000"
-        for le in (PLAN.monitor.thresholds.ttft_p95_s, 2 * PLAN.monitor.thresholds.ttft_p95_s)
+        f'{name}{{{ENGINE},le="{le:g}"}}': "0+1x2000" if seconds <= le else "0x2000" for le in (promised, 2 * promised)
     } | {f'{name}{{{ENGINE},le="+Inf"}}': "0+1x2000"}
+
+
+def ttft(seconds: float) -> dict[str, str]:
+    """Every request has this time to the first token."""
+    return histogram("vllm:time_to_first_token_seconds_bucket", PLAN.monitor.thresholds.ttft_p95_s, seconds)
 
 
 @dataclass(frozen=True)
@@ -226,8 +230,36 @@ def on_machines() -> list[Case]:
     ]
 
 
+def answers(failed: str, other: str) -> dict[str, str]:
+    """What HAProxy counts of a model's answers."""
+    return {
+        f'haproxy_backend_http_responses_total{{proxy="model-chat",model="chat",code="{code}"}}': values
+        for code, values in (("2xx", other), ("4xx", other), ("5xx", failed))
+    }
+
+
+def of_promises() -> list[Case]:
+    """Of the alerts about what the stack promises, and another one may not."""
+    promised, failing = CLOUD.monitor.thresholds.tpot_p95_s, CLOUD.monitor.thresholds.failing
+    assert promised
+    assert failing == 0.001
+    tpot = partial(histogram, "vllm:inter_token_latency_seconds_bucket", promised)
+    fast, slowly = "ErrorBudgetBurnsFast", "ErrorBudgetBurnsSlowly"
+    return [
+        Case("TpotP95High", "slow", tpot(1.5 * promised), 10 * MINUTE, (CHAT,)),
+        Case("TpotP95High", "fast", tpot(0.5 * promised), 10 * MINUTE),
+        Case(fast, "one in fifty fails", answers("0+2x2000", "0+49x2000"), 10 * MINUTE, (CHAT,)),
+        Case(fast, "for hours, one in a hundred", answers("0+1x2000", "0+50x2000"), 120 * MINUTE, (CHAT,)),
+        Case(fast, "one in five hundred fails", answers("0+1x2000", "0+250x2000"), 10 * MINUTE),
+        Case(fast, "many did, none does", answers("0+9x100 900x2000", "0+49x2000"), 45 * MINUTE),
+        Case(fast, "nobody asks", answers("7x2000", "7x2000"), 10 * MINUTE),
+        Case(slowly, "one in five hundred fails", answers("0+1x2000", "0+250x2000"), 120 * MINUTE, (CHAT,)),
+        Case(slowly, "one in two thousand fails", answers("0+1x2000", "0+1000x2000"), 120 * MINUTE),
+    ]
+
+
 LOCAL_CASES = CASES
-CASES = [*LOCAL_CASES, *on_machines()]
+CASES = [*LOCAL_CASES, *on_machines(), *of_promises()]
 
 
 @pytest.fixture(scope="module")
@@ -292,9 +324,9 @@ def _series(labels: Labels) -> str:
     return "{" + ",".join(f"{name}={json.dumps(value)}" for name, value in labels.items()) + "}"
 
 
-def test_a_local_stack_has_no_alerts_about_machines(rules: Path, alerts: Mapping[str, Any]) -> None:
+def test_a_stack_has_alerts_about_the_machines_and_promises_that_it_has(rules: Path, alerts: Mapping[str, Any]) -> None:
     assert by_name(rules).keys() == {case.alert for case in LOCAL_CASES}
-    assert alerts.keys() - by_name(rules).keys() == {case.alert for case in on_machines()}
+    assert alerts.keys() - by_name(rules).keys() == {case.alert for case in (*on_machines(), *of_promises())}
 
 
 def test_every_alert_is_seen_to_fire_and_to_stay_quiet(alerts: Mapping[str, Any]) -> None:
