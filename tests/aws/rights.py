@@ -104,6 +104,11 @@ def work(stack: Stack) -> dict[str, tuple[list[Call], list[Call]]]:
         "fleet-prod-engine-h100-on-demand",
         "fleet-prod-gateway-0",
     )
+    (targets,) = (arn for _, arn in outputs(stack, "aws:lb/targetGroup:TargetGroup", "arn"))
+    attach, detach = (
+        call("elbv2", f"{verb}_targets", TargetGroupArn=targets, Targets=[{"Id": machines["fleet-prod-gateway-0"]}])
+        for verb in ("register", "deregister")
+    )
     see = call("ec2", "describe_instances")
     look = call("autoscaling", "describe_auto_scaling_groups")
     nobodys = [
@@ -127,12 +132,12 @@ def work(stack: Stack) -> dict[str, tuple[list[Call], list[Call]]]:
             ],
             [
                 *(*nobodys, pointer("engine-h100"), pointer("gateway"), hook(h100), hook(gateways), register("chat")),
-                *(read(request), secret("gateway"), see, write("weights/any/file"), size(a100)),
+                *(attach, detach, read(request), secret("gateway"), see, write("weights/any/file"), size(a100)),
             ],
         ),
         "gateway": (
             [
-                *(read(bundle), pointer("gateway"), secret("gateway"), hook(gateways), see, look),
+                *(read(bundle), pointer("gateway"), secret("gateway"), hook(gateways), see, look, detach, attach),
                 size("fleet-prod-engine-a100-spot"),
                 tag(gateways, "vllm-fleet:gateway"),
                 call("servicediscovery", "discover_instances", NamespaceName="prod.internal", ServiceName="any"),

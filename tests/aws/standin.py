@@ -40,6 +40,8 @@ PROD: dict[str, Any] = {
     "budget": {"usd_per_hour": 1000},
 }
 """What the tests change of stacks/Pulumi.prod.yaml."""
+NICE = ("nice", "-n", "10")
+"""The machines of tests/aws/hosts boot beside this, and what they measure is seconds."""
 IN_TIME_S = 600
 """After so long a step hangs: the slowest takes two minutes on two busy cores."""
 
@@ -113,7 +115,7 @@ class StandIn:
 @contextlib.contextmanager
 def stand_in(**environment: str) -> Iterator[StandIn]:
     """A stand-in on a free port, which has nothing in it."""
-    command = [str(moto_python()), str(ENFORCING), str(shared("aws/motoplus.py"))]
+    command = [*NICE, str(moto_python()), str(ENFORCING), str(shared("aws/motoplus.py"))]
     with (
         tempfile.TemporaryFile() as log,
         subprocess.Popen(
@@ -193,7 +195,7 @@ class Stack:
             AssertionError: It failed, or was meant to and did not.
         """
         with subprocess.Popen(
-            command,
+            [*NICE, *command],
             cwd=self.project,
             env=self.environment,
             stdin=subprocess.DEVNULL,

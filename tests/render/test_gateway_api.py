@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from fleet_agent.balancer import LEAVING
 
 from tests.render.gateways import AUTH, IN_TIME_S, Fleet, StartFleet, until
 from tests.render.plans import KEY
@@ -440,6 +441,12 @@ class TestHealth:
         fleet.mark(embed_0=200)
         fleet.gateway.await_states(embed_0="UP")
         assert fleet.client.get("/lb-health").status_code == 200
+
+    def test_a_gateway_that_leaves_is_not_well_and_serves(self, fleet: Fleet) -> None:
+        assert fleet.client.get("/lb-health").status_code == 200
+        fleet.gateway.command(LEAVING)
+        assert refused(fleet.client.get("/lb-health"), 503)
+        assert fleet.ask().status_code == 200
 
     def test_the_status_page_and_metrics_are_apart(self, fleet: Fleet) -> None:
         status = f"http://127.0.0.1:{fleet.gateway.plan.gateway.stats_port}"

@@ -295,3 +295,27 @@ def test_a_gateway_waits_for_the_load_balancer_and_for_its_requests() -> None:
     assert "continue" not in kinds(do(GATEWAY, memory, seen(1000 + SETTLE_S, **leaving)))
     assert "continue" not in kinds(do(GATEWAY, memory, seen(1001 + SETTLE_S, open=1, **leaving)))
     assert "continue" in kinds(do(GATEWAY, memory, seen(1002 + SETTLE_S, **leaving)))
+
+
+def test_a_gateway_that_shuts_down_leaves_the_load_balancer_first() -> None:
+    memory = Memory(launched=True)
+    down: dict[str, Any] = {"answers": True, "stopping": True}
+    assert kinds(decide(GATEWAY, memory, seen(1000, **down))) == ["detach"]
+    assert kinds(do(GATEWAY, memory, seen(1001, **down))) == ["detach"], "what failed is tried again"
+    assert do(GATEWAY, memory, seen(1002, open=1, **down)) == []
+    do(GATEWAY, memory, seen(1002 + SETTLE_S, open=1, **down))
+    assert not memory.drained
+    do(GATEWAY, memory, seen(1003 + SETTLE_S, **down))
+    assert memory.drained
+
+
+def test_a_gateway_that_was_rebooted_goes_back_to_the_load_balancer() -> None:
+    memory = Memory(launched=True, detached=True)
+    assert do(GATEWAY, memory, seen(1000, answers=False)) == []
+    assert do(GATEWAY, memory, seen(1001, answers=True)) == [Do("attach")]
+    assert do(GATEWAY, memory, seen(1002, answers=True)) == []
+
+
+def test_a_gateway_that_its_group_takes_away_leaves_the_load_balancer_to_it() -> None:
+    memory = Memory(launched=True)
+    assert "detach" not in kinds(do(GATEWAY, memory, seen(1000, answers=True, target="Terminated")))

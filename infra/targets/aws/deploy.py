@@ -75,8 +75,9 @@ class _Fleet:
         ways_out: list[pulumi.Resource] = [network, *kept]
         fill = Fill("fill", site, self.account, self.cache, self.lock, ways_out)
 
-        gateways = self._runs("gateway", "gateway", node.gateway_bundle(plan), site.tags("gateway"))
         balancer = Balancer("balancer", site, place, firewall)
+        self.targets = balancer.targets.arn
+        gateways = self._runs("gateway", "gateway", node.gateway_bundle(plan), site.tags("gateway"))
         look = self._look("gateway", "gateway", gateways, site.aws.gateway.volume_bytes)
         Gateways("gateways", site, place, look, balancer, bucket, [*ways_out, gateways])
         stop_s = plan.timings.gateway_stop_s
@@ -132,6 +133,7 @@ class _Fleet:
             statements.append(rights.secret(runs.secret.arn))
         if role == "gateway":
             statements += [*rights.groups([str(site.aws.gateway.group)], keep=False), rights.find_engines()]
+            statements += rights.balance(self.targets)
             if site.plan.gateway.peers_port:
                 statements += rights.count_together()
             if site.aws.ladders:

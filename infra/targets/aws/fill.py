@@ -92,7 +92,8 @@ class Fill(Part):
             },
             logs_config={"cloudwatch_logs": {"group_name": log.name}},
             tags=tags,
-            opts=self.within(),
+            # A job that runs is left alone: it keeps its tags, and with another token it is another project.
+            opts=self.within(ignore_changes=["tags", "tagsAll"], replace_on_changes=["environment"]),
         )
         started_by = self._trigger(project, tags)
         entries = {model.weights: lock.digest(model.weights) for model in site.plan.models}

@@ -170,6 +170,13 @@ class Rights:
             found.append(allow(["autoscaling:DescribeAutoScalingGroups"], "*"))  # has no resource
         return found
 
+    def balance(self, targets: pulumi.Input[str]) -> list[dict[str, Any]]:
+        """Gateways: leave the load balancer when they shut down, and come back. AWS knows no narrower resource."""
+        return [
+            allow(["autoscaling:DescribeAutoScalingGroups"], "*"),  # has no resource
+            allow([f"elasticloadbalancing:{verb}Targets" for verb in ("Register", "Deregister")], targets),
+        ]
+
     def climb(self) -> list[dict[str, Any]]:
         """Gateways: ask later rungs of a ladder for what earlier ones cannot get.
 

@@ -24,6 +24,8 @@ MASTER = "master.sock"
 STATE = "haproxy.state"
 KEYS = "slots/haproxy/keys.map"
 """What HAProxy calls the file of the keys' hashes."""
+LEAVING = "experimental-mode on; set var proc.leaving bool(true)"
+"""From then on a load balancer hears that this gateway is not well. The command is experimental in 2.6 and 2.8."""
 RELOAD_S = 15
 SIGNALS = 3
 IDENTITY = (1, 3, 4, 18, 21)

@@ -90,17 +90,27 @@ class Cloud:
             ProtectedFromScaleIn=protected,
         )
 
+    def _group(self) -> dict[str, Any]:
+        found = self._call("autoscaling", "describe_auto_scaling_groups", AutoScalingGroupNames=[self.group])
+        if not found["AutoScalingGroups"]:
+            raise CloudError(f"there is no group {self.group}")
+        return dict(found["AutoScalingGroups"][0])
+
     def machines(self) -> tuple[int, dict[str, bool]]:
         """How many machines the group wants; those that serve, and whether each is protected."""
-        (group,) = self._call("autoscaling", "describe_auto_scaling_groups", AutoScalingGroupNames=[self.group])[
-            "AutoScalingGroups"
-        ]
+        group = self._group()
         serving = {
             it["InstanceId"]: bool(it["ProtectedFromScaleIn"])
             for it in group["Instances"]
             if it["LifecycleState"] == "InService"
         }
         return int(group["DesiredCapacity"]), serving
+
+    def balance(self, *, on: bool) -> None:
+        """Whether the load balancers of the group send connections to this machine; open ones it leaves alone."""
+        method = "register_targets" if on else "deregister_targets"
+        for arn in self._group()["TargetGroupARNs"]:
+            self._call("elbv2", method, fine=("InvalidTarget",), TargetGroupArn=arn, Targets=[{"Id": self.instance}])
 
     def unhealthy(self) -> None:
         """Let the group replace this machine."""

@@ -25,7 +25,18 @@ HEARTBEATS = 3
 """In the time after which the group would give up."""
 
 Kind = Literal[
-    "register", "deregister", "drain", "continue", "abandon", "heartbeat", "protect", "unprotect", "unhealthy", "start"
+    "register",
+    "deregister",
+    "attach",
+    "detach",
+    "drain",
+    "continue",
+    "abandon",
+    "heartbeat",
+    "protect",
+    "unprotect",
+    "unhealthy",
+    "start",
 ]
 
 
@@ -148,14 +159,14 @@ class Memory:
     given_up: bool = False
     drained: bool = False
     """Nothing is left that a shutdown would cut."""
+    detached: bool = False
+    """A gateway took itself from the load balancer; it outlives a reboot, as that does."""
 
     def done(self, action: Do, now: float) -> None:
         """Take note of what worked."""
         match action.kind:
-            case "register":
-                self.places[action.name] = f"{action.service}:{action.port}"
-            case "deregister":
-                self.places[action.name] = ""
+            case "register" | "deregister":
+                self.places[action.name] = f"{action.service}:{action.port}" if action.kind == "register" else ""
             case "continue" | "abandon":
                 if self.leaving:
                     self.left = True
@@ -169,6 +180,8 @@ class Memory:
                 self.started = now
             case "unhealthy":
                 self.given_up = True
+            case "attach" | "detach":
+                self.detached = action.kind == "detach"
             case "drain":
                 pass
 
@@ -181,6 +194,7 @@ def decide(settings: Settings, memory: Memory, seen: Seen) -> list[Do]:
     return [
         *_discovery(settings, memory, seen),
         *_launch(settings, memory, seen),
+        *_balancer(settings, memory, seen),
         *_protection(settings, memory, seen),
         *_health(settings, memory, seen),
         *_start(settings, memory, seen),
@@ -269,6 +283,12 @@ def _hopeless(settings: Settings, memory: Memory, seen: Seen) -> str:
     return f"not ready after {waited:.0f} s" if waited > settings.boot_limit_s else ""
 
 
+def _balancer(settings: Settings, memory: Memory, seen: Seen) -> Iterator[Do]:
+    """A gateway that was rebooted goes back to where it was."""
+    if settings.role == "gateway" and memory.detached and seen.answers:
+        yield Do("attach")
+
+
 def _protection(settings: Settings, memory: Memory, seen: Seen) -> Iterator[Do]:
     """Of several machines the group had better take one that is idle; if none is, it gets one all the same."""
     if settings.role != "engine" or not settings.group or not memory.launched or seen.target != "InService":
@@ -311,6 +331,9 @@ def _start(settings: Settings, memory: Memory, seen: Seen) -> Iterator[Do]:
 
 
 def _leave(settings: Settings, memory: Memory, seen: Seen) -> Iterator[Do]:
+    # A group takes its machine from the load balancer; of a shutdown that nobody asked the group for it knows nothing.
+    if settings.role == "gateway" and settings.group and memory.leaving == "shutdown" and not memory.detached:
+        yield Do("detach", why=memory.leaving)
     for name, service in memory.services.items():
         if service and memory.places.get(name) != "":
             yield Do("deregister", name, service, why=memory.leaving)

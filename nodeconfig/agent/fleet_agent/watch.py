@@ -82,10 +82,13 @@ class Watch:
             if kept["instance"] == self.instance:  # else it came with the image
                 memory.launched = bool(kept["launched"])
                 memory.services = dict(kept["services"])
+                memory.detached = bool(kept["detached"])
         return memory
 
     def _remember(self) -> None:
-        kept = {"instance": self.instance, "launched": self.memory.launched, "services": self.memory.services}
+        memory = self.memory
+        kept = {"instance": self.instance, "launched": memory.launched, "services": memory.services}
+        kept["detached"] = memory.detached
         text = json.dumps(kept)
         fresh = self.file.with_suffix(".new")
         try:
@@ -235,14 +238,27 @@ class Watch:
         self.memory.done(action, now)
 
     def _do(self, action: Do) -> None:
+        if action.kind == "start":
+            systemctl("start", "--no-block", APPLY)
+        elif action.kind != "drain":
+            self._tell(action)
+        elif self._agent(f"/drain?engine={action.name}", "POST") is None:
+            raise CloudError("the agent does not answer")
+
+    def _tell(self, action: Do) -> None:
+        """AWS."""
         match action.kind:
             case "register":
                 self.cloud.register(action.service, action.name, action.port)
             case "deregister":
                 self.cloud.deregister(action.service, action.name)
-            case "drain":
-                if self._agent(f"/drain?engine={action.name}", "POST") is None:
-                    raise CloudError("the agent does not answer")
+            case "attach":
+                self.cloud.balance(on=True)
+            case "detach":
+                try:
+                    self.cloud.balance(on=False)
+                finally:  # for a load balancer that does not hear of it
+                    balancer.command(self.machine.run, balancer.LEAVING)
             case "continue" | "abandon":
                 self.cloud.hook(action.name, action.kind.upper())
             case "heartbeat":
@@ -251,8 +267,6 @@ class Watch:
                 self.cloud.protect(protected=action.kind == "protect")
             case "unhealthy":
                 self.cloud.unhealthy()
-            case "start":
-                systemctl("start", "--no-block", APPLY)
 
     def run(self) -> None:
         """For ever, or until a shutdown has nothing left to wait for."""

@@ -36,7 +36,7 @@ from infra.render.user_data import NodeSettings, user_data
 from infra.stack_file import load_stack_file
 from infra.weights.lock import WeightsLock, load
 from tests.aws.hosts.front import PATIENCE_S, Answer, Front, ask
-from tests.aws.standin import Stack, StandIn
+from tests.aws.standin import ENFORCING, Stack, StandIn
 
 HERE = Path(__file__).parent
 PORT = 5000
@@ -443,9 +443,9 @@ def tell(host: Host, lines: int = 40) -> str:
 
 @contextlib.contextmanager
 def stand_in(python: str, program: str) -> Iterator[Aws]:
-    """AWS, inside this world."""
+    """AWS, inside this world: the machines' roles may do what their policies say, and nothing else."""
     with subprocess.Popen(
-        [python, program, "serve", str(PORT)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        [python, str(ENFORCING), program, str(PORT)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as server:
         assert server.stdout
         server.stdout.readline()  # it answers
