@@ -50,13 +50,11 @@ EDITS: dict[str, Edit] = {
     "routing: least-loaded -> round-robin": put("gateway", routing="round-robin"),
     "gateways: 2 -> 3": put("gateway", hosts=3),
     "another instance type": put("pools", "a100", gpu="a100-80gb"),
-    "a zone more": put("pools", "a100", zones=3),
     "root volume: 100 -> 300 GB": put("pools", "a100", disk="300GB"),
     "a tag of the user's": put("aws", tags={"team": "ml"}),
     "other clients": put("aws", clients=["10.0.0.0/8"]),
     "a rung more": put("pools", "h100", capacity=["on-demand", {"spot": 0.6}]),
     "an image that is named": put("aws", images={"gateway": "ami-0b0000000000022a4"}),
-    "flow logs": put("aws", network={"flow-logs": True}),
 }
 
 

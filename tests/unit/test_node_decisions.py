@@ -319,3 +319,11 @@ def test_a_gateway_that_was_rebooted_goes_back_to_the_load_balancer() -> None:
 def test_a_gateway_that_its_group_takes_away_leaves_the_load_balancer_to_it() -> None:
     memory = Memory(launched=True)
     assert "detach" not in kinds(do(GATEWAY, memory, seen(1000, answers=True, target="Terminated")))
+
+
+def test_a_gateway_that_is_merely_late_with_an_answer_is_not_gone() -> None:
+    memory = Memory(launched=True)
+    leaving: dict[str, Any] = {"target": "Terminated"}
+    do(GATEWAY, memory, seen(1000, answers=True, engines=None, **leaving))
+    assert "continue" not in kinds(do(GATEWAY, memory, seen(1000 + SILENT_S, answers=False, engines=None, **leaving)))
+    assert "continue" in kinds(do(GATEWAY, memory, seen(1001 + SILENT_S, answers=False, engines=None, **leaving)))

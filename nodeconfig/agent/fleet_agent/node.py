@@ -18,7 +18,7 @@ IDLE_S = 60.0
 SETTLE_S = 30.0
 """A gateway that leaves goes on for so long at least: a load balancer needs that to stop sending connections to it."""
 SILENT_S = 30.0
-"""An agent that has not answered for so long has nothing that could be drained."""
+"""An agent or a gateway that has not answered for so long has nothing that could be drained."""
 RESTART_S = 30.0
 """Between two tries to start the programs."""
 HEARTBEATS = 3
@@ -153,7 +153,7 @@ class Memory:
     served: float = 0.0
     """When an engine was ready last."""
     heard: float = 0.0
-    """When the agent answered last."""
+    """When the agent answered last, or the gateway."""
     beat: float = 0.0
     started: float = 0.0
     given_up: bool = False
@@ -206,7 +206,7 @@ def _notice(settings: Settings, memory: Memory, seen: Seen) -> None:
         memory.began = memory.progress = memory.served = memory.heard = memory.beat = memory.started = seen.now
     if seen.filling:  # however long that takes: another machine would wait as well
         memory.progress = seen.now
-    if seen.engines is not None:
+    if seen.engines is not None or seen.answers:
         memory.heard = seen.now
     if any(row.state == "ready" for row in seen.engines or ()):
         memory.served = seen.now
@@ -355,7 +355,8 @@ def _nothing_left(settings: Settings, memory: Memory, seen: Seen) -> bool:
     if since > (settings.spot_drain_s if memory.leaving == "spot" else settings.drain_s):
         return True
     if settings.role == "gateway":
-        return not seen.answers or (since > SETTLE_S and seen.open == 0)
+        gone = not memory.launched or seen.now - memory.heard > SILENT_S
+        return gone if not seen.answers else since > SETTLE_S and seen.open == 0
     if settings.role == "monitor":
         return True
     if any(memory.places.get(name) != "" for name, service in memory.services.items() if service):

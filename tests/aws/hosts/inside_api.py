@@ -33,7 +33,9 @@ def down(*services: str) -> list[dict[str, Any]]:
 
 def healthy(boots: Fleet) -> bool:
     """All gateways, to the load balancer."""
-    return boots.members(boots.gateways).keys() <= {name for name, ok in boots.front.health(boots.targets).items() if ok}
+    return boots.members(boots.gateways).keys() <= {
+        name for name, ok in boots.front.health(boots.targets).items() if ok
+    }
 
 
 def test_services_of_aws_that_are_down_drop_nothing(
