@@ -97,6 +97,7 @@ class PoolStatus:
 
     pool: str
     wanted: int
+    """Now: outside its hours a pool wants none."""
     groups: tuple[GroupStatus, ...]
 
     @property
@@ -237,12 +238,14 @@ def judge(plan: FleetPlan, aws: AwsPlan, said: Answers) -> AwsStatus:
         said: The answers.
     """
     groups = None if said.groups is None else {it["AutoScalingGroupName"]: it for it in said.groups}
+    pools = None if groups is None else tuple(_pool(pool, aws, groups, said) for pool in plan.pools)
+    resting = {it.pool for it in pools or () if not it.wanted}
     return AwsStatus(
         stack=plan.stack,
         region=plan.region or "",
         account=said.account,
-        pools=None if groups is None else tuple(_pool(pool, aws, groups, said) for pool in plan.pools),
-        models=None if said.registered is None else tuple(_models(plan, said.registered, _machines(groups))),
+        pools=pools,
+        models=None if said.registered is None else tuple(_models(plan, said.registered, _machines(groups), resting)),
         gateways=None if groups is None or said.targets is None else _gateways(aws, groups, said),
         monitor=None if said.monitors is None else _monitor(said.monitors),
         bundles=None
@@ -257,7 +260,9 @@ def judge(plan: FleetPlan, aws: AwsPlan, said: Answers) -> AwsStatus:
 def _pool(pool: PoolPlan, aws: AwsPlan, groups: Mapping[str, Any], said: Answers) -> PoolStatus:
     own = [it for it in aws.groups if it.pool == pool.name]
     rows = [_group(groups[it.name], it.kind, said) for it in own if it.name in groups]
-    return PoolStatus(pool.name, pool.nodes, tuple(rows))
+    # The first rung has the pool's hours: it wants all nodes, or none.
+    wanted = min(pool.nodes, rows[0].wanted) if pool.schedule and rows else pool.nodes
+    return PoolStatus(pool.name, wanted, tuple(rows))
 
 
 def _group(group: Mapping[str, Any], rung: str, said: Answers) -> GroupStatus:
@@ -304,10 +309,12 @@ def engines(registered: Mapping[str, Sequence[str]], srv: str, alive: set[str] |
     return sorted(f"{it[2]}@{it[1]}" for it in found if alive is None or it[1] in alive)
 
 
-def _models(plan: FleetPlan, registered: Mapping[str, Sequence[str]], alive: set[str] | None) -> Iterator[ModelStatus]:
+def _models(
+    plan: FleetPlan, registered: Mapping[str, Sequence[str]], alive: set[str] | None, resting: set[str]
+) -> Iterator[ModelStatus]:
     wanted = Counter[str]()
     for kind in plan.engine_sets:
-        wanted[kind.model] += kind.engines
+        wanted[kind.model] += 0 if kind.pool in resting else kind.engines
     for model, srv, _ in plan.gateway.srv:
         yield ModelStatus(model, wanted[model], tuple(engines(registered, srv, alive)))
 

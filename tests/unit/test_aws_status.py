@@ -22,7 +22,7 @@ from infra import aws_drain, aws_reads, aws_status, cli, drain, show_aws, weight
 from infra.aws_status import Answers
 from infra.findings import ConfigError, Finding
 from infra.paths import ROOT
-from infra.plan.model import FleetPlan
+from infra.plan.model import FleetPlan, SchedulePlan
 from infra.planning import plan_stack_file
 from tests.unit.deployments import Deployment, deployment
 
@@ -77,6 +77,22 @@ def problems(plan: FleetPlan, said: Answers) -> tuple[str, ...]:
 
 def test_all_as_planned(prod: FleetPlan) -> None:
     assert problems(prod, whole(prod)) == ()
+
+
+def test_a_pool_outside_its_hours_lacks_nothing(prod: FleetPlan) -> None:
+    hours = SchedulePlan(days=(0, 1), start="08:00", end="18:00", time_zone="UTC")
+    pools = tuple(it.model_copy(update={"schedule": hours}) if it.name == "h100" else it for it in prod.pools)
+    plan, said = prod.model_copy(update={"pools": pools}), whole(prod)
+    assert said.groups
+    assert said.registered
+    said.groups[1]["Instances"] = []
+    said.registered["_chat._tcp.prod.internal"] = []
+    assert problems(plan, said) == (
+        "pool h100: 0 of 1 nodes serve",
+        "model chat: 0 of 4 engines are registered",
+    )
+    said.groups[1]["DesiredCapacity"] = 0
+    assert problems(plan, said) == ()
 
 
 def lacks(state: str) -> Callable[[Answers], None]:
