@@ -49,8 +49,8 @@ def test_a_public_balancer_has_an_address_in_each_zone_and_endpoints_cost_in_eac
     made = plan(aws={**PUBLIC, "network": {"interface-endpoints": True}})
     assert line(made, "load balancer").what == "1 public balancer, 2 addresses"
     assert line(made, "load balancer").usd_per_hour == pytest.approx(0.0225 + 2 * 0.005)
-    assert line(made, NETWORK).what == "1 NAT gateway, 1 address, 18 interface endpoints"
-    assert line(made, NETWORK).usd_per_hour == pytest.approx(0.05 + 18 * 0.01)
+    assert line(made, NETWORK).what == "1 NAT gateway, 1 address, 20 interface endpoints"
+    assert line(made, NETWORK).usd_per_hour == pytest.approx(0.05 + 20 * 0.01)
 
 
 def test_models_with_the_same_weights_have_them_in_the_cache_once() -> None:
