@@ -17,7 +17,7 @@ from tests.aws.standin import StandIn, stand_in
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda it: outside.HERE in it.path.parents)
+    items.sort(key=lambda it: (outside.HERE in it.path.parents, it.path.stem == "test_hosts"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -30,9 +30,9 @@ def test_a_killed_engine_takes_only_its_own_requests_along(fleet: Fleet, victim:
     family = psutil.Process(pid).children(recursive=True)
     with load(fleet, CLIENTS, at_least=60) as result:
         fleet.until("both engines work", lambda: all(row["running"] for row in fleet.engines().values()))
-        # All clients may have been there. A server whose worker died answers 500 until the agent has ended it: in that
-        # twentieth of a second a client may meet it once more.
-        most = CLIENTS if victim == "server" else 2 * CLIENTS
+        # All clients may have been there, and on a fast machine meet it once more while it dies. A server whose worker
+        # died answers 500 until the agent has ended it: in that twentieth of a second once more again.
+        most = 2 * CLIENTS if victim == "server" else 3 * CLIENTS
         os.kill(pid if victim == "server" else family[-1].pid, signal.SIGKILL)
         watch_out(fleet, "chat-1")
         fleet.until("it is back by itself", lambda: "chat-1" in fleet.in_rotation())

@@ -78,7 +78,7 @@ def test_a_gateway_that_cannot_have_its_keys_at_once(boots: Fleet, record_proper
     fault = {"service": "secretsmanager", "action": "GetSecretValue", "code": "InternalServiceError", "status": 500}
     hook = {"service": "autoscaling", "action": "CompleteLifecycleAction", "code": "Throttling", "status": 400}
     with clients(boots, record_property) as load:
-        boots.faults({**fault, "count": 30}, {**hook, "count": 12})
+        boots.faults({**fault, "count": 10}, {**hook, "count": 3})
         began = time.monotonic()
         boots.resize(boots.gateways, 3)
         boots.in_service(boots.gateways, 3)
