@@ -18,6 +18,7 @@ import pytest
 from tests.aws import rights
 from tests.aws.standin import PROD, REGION, Stack, a_stack, stand_in
 
+pytestmark = pytest.mark.timeout(1800)  # beside machines that boot, on two cores
 GOLDEN = Path(__file__).with_name("golden") / "edits.txt"
 KEY_HASH = "ab" * 32
 Config = dict[str, Any]

@@ -14,6 +14,7 @@ from botocore.exceptions import ClientError
 from tests.aws.deploy_policy import FILE
 from tests.aws.standin import PRIVATE, StandIn, a_stack
 
+pytestmark = pytest.mark.timeout(1800)  # beside machines that boot, on two cores
 OTHERS = {
     "Version": "2012-10-17",
     "Statement": [{"Effect": "Allow", "Principal": {"AWS": "*"}, "Action": "sts:AssumeRole"}],
