@@ -13,5 +13,11 @@ def test_destroy_leaves_nothing(boots: Fleet, nodes: list[Host]) -> None:
     # Busy until a moment ago, and so protected: AWS ends such machines with their group all the same.
     busy = {"AutoScalingGroupName": boots.engines, "InstanceIds": [host.name for host in nodes]}
     boots.client("autoscaling").set_instance_protection(**busy, ProtectedFromScaleIn=False)
-    boots.stack.pulumi("destroy", "--yes", "--skip-preview")
+    try:
+        boots.stack.pulumi("destroy", "--yes", "--skip-preview")
+    except AssertionError as error:
+        # Seen once in many: the stand-in had lost the rule of a security group. What was not there, a refresh finds.
+        if "InvalidPermission.NotFound" not in str(error):
+            raise
+        boots.stack.pulumi("destroy", "--yes", "--skip-preview", "--refresh")
     assert boots.stand_in.left() == {}
