@@ -171,7 +171,7 @@ class Rights:
         return found
 
     def balance(self, targets: pulumi.Input[str]) -> list[dict[str, Any]]:
-        """Gateways: leave the load balancer when they shut down, and come back. AWS knows no narrower resource."""
+        """Gateways: leave the load balancer when they shut down, and come back."""
         return [
             allow(["autoscaling:DescribeAutoScalingGroups"], "*"),  # has no resource
             allow([f"elasticloadbalancing:{verb}Targets" for verb in ("Register", "Deregister")], targets),

@@ -45,6 +45,16 @@ def run(*command: str | Path, **environment: str) -> str:
     return done.stdout
 
 
+def able() -> Path:
+    """The folder of what boots hosts; skips the test where this machine cannot."""
+    hosts = shared("hosts")
+    if os.geteuid():
+        pytest.skip("needs root: only root may make namespaces and mounts")
+    if missing := sorted({package for tool, package in NEEDED.items() if not shutil.which(tool)}):
+        pytest.skip(f"needs Debian's {' '.join(missing)}")
+    return hosts
+
+
 def wheels() -> Path:
     """The wheels of the agent's Python, fetched once and kept."""
     lock = ROOT / "requirements/node.txt"
@@ -149,11 +159,7 @@ def bake(role: str, given: Future[Path]) -> str:
     Raises:
         AssertionError: It failed.
     """
-    hosts = shared("hosts")
-    if os.geteuid():
-        pytest.skip("needs root: only root may make namespaces and mounts")
-    if missing := sorted({package for tool, package in NEEDED.items() if not shutil.which(tool)}):
-        pytest.skip(f"needs Debian's {' '.join(missing)}")
+    hosts = able()
     found = os.pathsep.join([str(hosts.parent), str(ROOT)])
     tree = run(sys.executable, "-m", "hosts", "build", "--include", *PACKAGES, PYTHONPATH=found).strip()
     world = (*NICE, sys.executable, "-m", "hosts", "run", "--")

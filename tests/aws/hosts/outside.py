@@ -31,9 +31,6 @@ from tests.aws.standin import moto_python
 from tests.shared import shared
 
 HERE = Path(__file__).parent
-NEEDED = {"systemd-nspawn": "systemd-container", "mmdebstrap": "mmdebstrap", "openssl": "openssl", "ip": "iproute2"}
-PYTHON = "/usr/bin/python3"
-"""The image is of this machine's own release, so that what is made with its Python runs there."""
 LIMIT_S = 2400
 ENTRY = "smollm2-135m-instruct"
 """What the real engine serves."""
@@ -65,7 +62,7 @@ def node_python() -> Path:
         if not (folder / "complete").exists():
             install = ["pip", "install", "--quiet", "--python", str(folder / "bin/python"), "--require-hashes"]
             for step in (
-                [uv, "venv", "--quiet", "--clear", "--python", PYTHON, str(folder)],
+                [uv, "venv", "--quiet", "--clear", "--python", baking.PYTHON, str(folder)],
                 [uv, *install, "--no-deps", "-r", str(locked)],
             ):
                 done = subprocess.run(step, capture_output=True, text=True, check=False)
@@ -147,12 +144,7 @@ def asked(items: Sequence[pytest.Item]) -> list[str]:
 
 def run(tests: list[str], folder: Path) -> Ran:
     """What became of tests, all in the same world."""
-    hosts, standin = shared("hosts"), shared("aws/motoplus.py")
-    if os.geteuid():
-        pytest.skip("needs root: only root may make namespaces and mounts")
-    missing = sorted({package for tool, package in NEEDED.items() if not shutil.which(tool)})
-    if missing:
-        pytest.skip(f"needs Debian's {' '.join(missing)}")
+    hosts, standin = baking.able(), shared("aws/motoplus.py")
     baking.run(sys.executable, "-m", "hosts", "build", PYTHONPATH=str(hosts.parent))  # a world has no way to packages
     real = real_engine()
     binds = {
